@@ -1,0 +1,190 @@
+"""From a config to the values a run is made of. Each function takes one section, so that every key has one reader."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import optax
+from jax.sharding import Mesh
+
+from launch import sections
+from tapojax import correction, policy, sharding, train_step
+from tapojax.algorithms import ALGORITHMS
+from tapojax.models import decoder, huggingface, presets
+from tapojax.models.config import DecoderConfig
+from tapojax.rollout import local
+from tapojax.tasks import TASKS
+from tapojax.types import Algorithm, Engine, Sampling, Task
+
+
+class Setup(NamedTuple):
+    """What a run is made of, all of it fixed by the config."""
+
+    mesh: Mesh
+    task: Task
+    algorithm: Algorithm
+    model: DecoderConfig
+    optimizer: optax.GradientTransformation
+    engine: Engine
+    sampling: Sampling
+    eval_sampling: Sampling
+    score: policy.Score
+    correct: Callable[..., Any] | None
+
+
+def setup(config) -> Setup:
+    """Builds it, and finds the config's mistakes before anything is compiled."""
+    check_rows(config)
+    mesh, problems = sharding.make_mesh(**config.mesh), task(config)
+    decoder_config = model(config.model, problems.tokenizer)
+    return Setup(
+        mesh=mesh,
+        task=problems,
+        algorithm=algorithm(config),
+        model=decoder_config,
+        optimizer=optimizer(config.optimizer, total_updates=config.steps * config.train.minibatches * config.train.epochs),
+        engine=local.local_engine(
+            decoder_config, max_prompt_tokens=config.sampling.max_prompt_tokens, dtype=config.sampling.dtype
+        ),
+        sampling=sampling(config, problems.tokenizer),
+        eval_sampling=sampling(
+            config, problems.tokenizer, temperature=config.evaluation.temperature, top_k=0, top_p=config.evaluation.top_p
+        ),
+        score=policy.make_score(
+            decoder_config,
+            max_scored=config.sampling.max_tokens,
+            temperature=config.sampling.temperature,
+            max_logit_bytes=config.train.max_logit_bytes,
+        ),
+        correct=mismatch_correction(config.train),
+    )
+
+
+def task(config) -> Task:
+    return sections.build(
+        TASKS, config.task, "task", seed=config.seed, max_prompt_tokens=config.sampling.max_prompt_tokens
+    )
+
+
+def algorithm(config) -> Algorithm:
+    return sections.build(
+        ALGORITHMS, config.algorithm, "algorithm", group_size=config.group_size, max_tokens=config.sampling.max_tokens
+    )
+
+
+def sampling(config, tokenizer, **overrides) -> Sampling:
+    """How the policy samples in training; evaluation overrides temperature and filters."""
+    section = config.sampling
+    filters = dict(temperature=section.temperature, top_k=section.top_k, top_p=section.top_p)
+    return Sampling(
+        max_tokens=section.max_tokens,
+        stop_token_ids=(tokenizer.eos_token_id,),
+        pad_token_id=tokenizer.pad_token_id,
+        **(filters | overrides),
+    )
+
+
+def model(section, tokenizer) -> DecoderConfig:
+    """The decoder's shape: that of the checkpoint at `path`, else the preset's with the tokenizer's vocabulary.
+
+    Raises:
+      ValueError: the checkpoint's vocabulary is smaller than the tokenizer's.
+    """
+    if section.path:
+        config = huggingface.read_config(section.path)
+        if config.vocab_size < len(tokenizer):
+            raise ValueError(
+                f"the model at {section.path} has {config.vocab_size} tokens, the tokenizer {len(tokenizer)}: they do not "
+                "belong together; set task.tokenizer_path to the model's own folder"
+            )
+    else:
+        preset = sections.choose(presets.PRESETS, section.preset, "model preset")
+        config = dataclasses.replace(preset, vocab_size=len(tokenizer))
+    return dataclasses.replace(
+        config, dtype=section.dtype, param_dtype=section.param_dtype, remat=section.remat, unroll=section.unroll
+    )
+
+
+def optimizer(section, *, total_updates: int) -> optax.GradientTransformation:
+    """AdamW with warm-up, a schedule and global-norm clipping. Norms and biases are not decayed.
+
+    Raises:
+      ValueError: an unknown schedule.
+    """
+    peak, end = section.learning_rate, section.learning_rate * section.end_fraction
+    after = max(total_updates - section.warmup_updates, 1)
+    schedules = {
+        "constant": optax.constant_schedule(peak),
+        "linear": optax.linear_schedule(peak, end, after),
+        "cosine": optax.cosine_decay_schedule(peak, after, alpha=section.end_fraction),
+    }
+    schedule = sections.choose(schedules, section.schedule, "optimizer.schedule")
+    if section.warmup_updates:
+        warmup = optax.linear_schedule(0.0, peak, section.warmup_updates)
+        schedule = optax.join_schedules([warmup, schedule], [section.warmup_updates])
+    return optax.chain(
+        optax.clip_by_global_norm(section.clip_norm),
+        optax.adamw(
+            schedule, b1=section.b1, b2=section.b2, eps=section.eps, weight_decay=section.weight_decay, mask=_is_matrix
+        ),
+    )
+
+
+def _is_matrix(params):
+    def matrix(path, leaf):
+        return jax.tree_util.keystr(path, simple=True, separator="/").rsplit("/", 1)[-1] in ("kernel", "embedding", "head")
+
+    return jax.tree_util.tree_map_with_path(matrix, params)
+
+
+def initial_params(section, config: DecoderConfig, mesh, key) -> Any:
+    """The checkpoint's parameters, or random ones, sharded over the mesh."""
+    shapes = jax.eval_shape(lambda: decoder.init(config, key))
+    shardings = sharding.tree_shardings(shapes, mesh)
+    if section.path:
+        return jax.device_put(huggingface.load_params(section.path, config), shardings)
+    return jax.jit(lambda: decoder.init(config, key), out_shardings=shardings)()
+
+
+def fresh_state(algo: Algorithm, tx: optax.GradientTransformation, params, mesh):
+    """A TrainState around params, built in one jit so that the optimizer's moments are sharded like them."""
+
+    def init(params):
+        return train_step.init_state(algo, tx, params)
+
+    shardings = sharding.tree_shardings(jax.eval_shape(init, params), mesh)
+    return jax.jit(init, out_shardings=shardings)(params)
+
+
+def mismatch_correction(section) -> Callable[..., Any] | None:
+    """The truncated importance weights of the train/rollout mismatch, or None where they are off."""
+    if section.correction == "none":
+        return None
+    return functools.partial(correction.truncated_ratio, level=section.correction, cap=section.correction_cap)
+
+
+def check_rows(config):
+    """Rows must divide into minibatches, micro-batches and devices.
+
+    Raises:
+      ValueError: naming the numbers.
+    """
+    rows, ways = config.prompts_per_step * config.group_size, config.mesh.data * config.mesh.fsdp
+    parts = config.train.minibatches * config.train.microbatches * ways
+    if rows % parts:
+        raise ValueError(
+            f"prompts_per_step * group_size = {rows} rows do not divide into train.minibatches={config.train.minibatches} "
+            f"x train.microbatches={config.train.microbatches} x {ways} devices (mesh.data * mesh.fsdp)"
+        )
+    if config.prompts_per_step % ways:
+        raise ValueError(f"prompts_per_step={config.prompts_per_step} is not a multiple of {ways} devices (mesh.data * mesh.fsdp)")
+
+
+def warm_start_optimizer(section) -> optax.GradientTransformation:
+    """AdamW with warm-up and cosine decay to a tenth."""
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, section.learning_rate, section.warmup_updates, section.updates, section.learning_rate / 10
+    )
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.95, weight_decay=0.01, mask=_is_matrix))

@@ -1,0 +1,97 @@
+"""What all commands share: flags, the compilation cache, and errors a person can read."""
+
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from configs import base
+from launch import sections
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "a file of configs/, such as configs/quickstart.py", lock_config=True)
+WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run; an existing one is resumed [runs/<config>-<time>]")
+TRACEBACK = flags.DEFINE_bool("traceback", False, "show where an error was raised, not only what it says")
+
+
+def run(main: Callable[[], None]):
+    """Parses the flags and runs main; a mistake in config, data or files ends in one message and exit status 1."""
+
+    def guarded(argv):
+        if len(argv) > 1:
+            sys.exit(f"error: unexpected argument {argv[1]!r}: options are given as --name=value")
+        try:
+            main()
+        except (ValueError, OSError) as error:
+            if TRACEBACK.value:
+                traceback.print_exc()
+            sys.exit(f"error: {error}")
+
+    logging.set_verbosity(logging.WARNING)
+    cache_compilations()
+    flags.mark_flag_as_required("config")
+    app.run(guarded, flags_parser=_parse_flags)
+
+
+def _parse_flags(argv):
+    try:
+        return flags.FLAGS(argv)
+    except (AttributeError, KeyError, TypeError, ValueError, OSError, flags.Error) as error:  # from --config.x=y
+        sys.exit(f"error: {error}")
+
+
+def cache_compilations():
+    """Compiled programs are kept between runs, in JAX_COMPILATION_CACHE_DIR or ~/.cache/tapojax."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "tapojax"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def checked_config():
+    """The config of the flags, all of whose keys are read."""
+    config = CONFIG.value
+    known = base.get_config(algorithm=config.algorithm.name, task=config.task.name)
+    sections.check_keys(config, known)
+    return config
+
+
+def write_config(config, workdir: Path):
+    """Keeps the resolved config beside the run, or makes sure that a resumed run was started with the same.
+
+    Raises:
+      ValueError: a key differs; it is named with both values.
+    """
+    path, new = workdir / "config.json", json.loads(config.to_json())
+    if path.exists():
+        old = json.loads(path.read_text())
+        for key, (was, now) in _differences(old, new).items():
+            raise ValueError(
+                f"{workdir} holds a run with {key}={was!r}, this command says {now!r}: "
+                "give the same config to resume, or another --workdir to start anew"
+            )
+        return
+    workdir.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(new, indent=2) + "\n")
+
+
+def _differences(old, new, prefix: str = "") -> dict:
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return {} if old == new else {prefix.rstrip("."): (old, new)}
+    found = {}
+    for key in sorted(old.keys() | new.keys()):
+        found |= _differences(old.get(key), new.get(key), f"{prefix}{key}.")
+    return found
+
+
+def workdir() -> Path:
+    """The folder of the run: --workdir, or a new one named after the config and the time."""
+    if WORKDIR.value:
+        return Path(WORKDIR.value)
+    name = Path(flags.FLAGS["config"].config_filename).stem  # the path without the :mode
+    return Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"

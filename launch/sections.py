@@ -1,0 +1,70 @@
+"""Config sections that mirror a constructor: its keyword arguments are the keys, so no key can be inert."""
+
+import difflib
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from tapojax.algorithms import ALGORITHMS
+from tapojax.tasks import TASKS
+
+GIVEN = ("seed", "group_size", "max_tokens", "max_prompt_tokens")  # stated elsewhere in the config, passed on to whoever asks
+
+
+def algorithm_defaults(name: str) -> ConfigDict:
+    return _defaults(name, choose(ALGORITHMS, name, "algorithm"))
+
+
+def task_defaults(name: str) -> ConfigDict:
+    return _defaults(name, choose(TASKS, name, "task"))
+
+
+def choose(table: Mapping[str, Any], name: str, what: str):
+    """The entry called `name`.
+
+    Raises:
+      ValueError: there is none; the nearest names are suggested.
+    """
+    if name not in table:
+        raise ValueError(f"no {what} is called {name!r}{suggestion(name, table)}; there are {sorted(table)}")
+    return table[name]
+
+
+def suggestion(name: str, known) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def _defaults(name: str, constructor: Callable) -> ConfigDict:
+    parameters = inspect.signature(constructor).parameters.values()
+    return ConfigDict({"name": name, **{p.name: p.default for p in parameters if p.default is not p.empty}})
+
+
+def build(table: Mapping[str, Callable], section: Mapping[str, Any], what: str, **given):
+    """Calls the constructor that a section names with the section's keys, and with those of `given` that it takes.
+
+    Raises:
+      ValueError: a key that the constructor does not take.
+    """
+    kwargs = dict(section)
+    constructor = choose(table, kwargs.pop("name"), what)
+    accepted = inspect.signature(constructor).parameters
+    for key in kwargs:
+        if key not in accepted or key in given:
+            raise ValueError(f"{what}.{key}: {section['name']} has no such option{suggestion(key, accepted)}")
+    return constructor(**kwargs, **{key: value for key, value in given.items() if key in accepted})
+
+
+def check_keys(config: Mapping[str, Any], known: Mapping[str, Any], prefix: str = ""):
+    """Every key of `config` must be one that is read.
+
+    Raises:
+      ValueError: naming the first that is not, and the nearest that is.
+    """
+    for key, value in config.items():
+        if key not in known:
+            raise ValueError(f"config key {prefix}{key} is read by nothing{suggestion(key, known)}; see configs/base.py")
+        if isinstance(value, Mapping | ConfigDict):
+            check_keys(value, known[key], f"{prefix}{key}.")

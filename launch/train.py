@@ -1,0 +1,189 @@
+"""Reinforcement learning of a reasoning policy, from a config to a table and a picture.
+
+    python -m launch.train --config=configs/quickstart.py
+    python -m launch.train --config=configs/quickstart.py --config.algorithm.clip_high=0.3 --workdir=runs/mine
+
+The same command with the same --workdir resumes a run that was stopped, at the exact row and bit.
+"""
+
+import contextlib
+import functools
+import json
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from launch import build, cli, sft
+from tapojax import checkpoint, evaluation, metrics, policy, report, sharding, train_step
+from tapojax.rollout import collect
+from tapojax.tasks import data
+
+
+def train(config, workdir: Path) -> dict:
+    """Runs a config to its end in `workdir` and returns the summary."""
+    started, totals = time.perf_counter(), {}
+    run = build.setup(config)
+    cli.write_config(config, workdir)
+    with jax.set_mesh(run.mesh):
+        # ---- state: around the initial policy, or as the newest checkpoint has it
+        with metrics.timed(totals, "warm_start"):
+            initial = sft.initial_policy(config, run.model, run.task, run.mesh, workdir)
+        reference = jax.tree.map(jax.numpy.copy, initial) if run.algorithm.needs_reference else None
+        state = build.fresh_state(run.algorithm, run.optimizer, initial, run.mesh)
+        batches = data.batches(run.task.train, batch_size=config.prompts_per_step, seed=config.seed)
+        manager = checkpoint.open_manager(workdir / "checkpoints", keep=config.checkpoint.keep)
+        start = 0
+        if restored := checkpoint.restore_newest(manager, checkpoint.abstract(state)):
+            start, state, record = restored
+            batches.set_state(record["data"])
+            totals = record["seconds"]
+            print(f"resumed {workdir} at step {start}", flush=True)
+        log = metrics.open_log(workdir, start=start, tensorboard=config.log.tensorboard)
+
+        # ---- compiled functions
+        section = config.train
+        updates = section.minibatches * section.epochs
+        score_rows = jax.jit(policy.in_microbatches(run.score, section.minibatches * section.microbatches))
+        make_batch = jax.jit(functools.partial(train_step.make_batch, run.algorithm, correct=run.correct))
+        step_fn = train_step.make_train_step(
+            run.score, run.algorithm, run.optimizer, microbatches=section.microbatches
+        )
+        update = jax.jit(step_fn, donate_argnums=0)
+        # with a single update the train step's own log-probs are the old ones: no pass of their own is needed
+        needs_old = updates > 1 or run.correct or run.algorithm.signals or run.algorithm.update_carry
+
+        # ---- the loop
+        skipped = 0
+        evaluate(0, config, run, state.params, log, totals)
+        for step in range(start, config.steps):
+            spent: dict[str, float] = {}
+            with profiled(workdir, active=config.log.profile_step == step + 1):
+                weights = run.engine.load(state.params, step)
+                part = collect.collect(
+                    run.engine,
+                    weights,
+                    batches,
+                    run.task,
+                    run.algorithm,
+                    run.sampling,
+                    step=step,
+                    key=jax.random.fold_in(jax.random.key(config.seed), step),
+                    carry=state.carry,
+                    **config.collect,
+                )
+                with metrics.timed(spent, "score"):
+                    rollout, scores = sharding.shard_batch((part.rollout, dict(part.scores)), run.mesh)
+                    old_stats = score_rows(state.params, rollout.tokens, rollout.mask) if needs_old else None
+                    ref = score_rows(reference, rollout.tokens, rollout.mask).logprobs if reference else None
+                    batch = jax.block_until_ready(make_batch(rollout, scores, step, old_stats=old_stats, ref_logprobs=ref))
+                with metrics.timed(spent, "train"):
+                    history = []
+                    for rows in train_step.minibatches(
+                        batch, count=section.minibatches, epochs=section.epochs, seed=(config.seed, step)
+                    ):
+                        state, values = update(state, sharding.shard_batch(rows, run.mesh))
+                        history.append(values)
+                    history = jax.device_get(history)
+                if run.algorithm.update_carry is not None:
+                    state = state._replace(carry=run.algorithm.update_carry(state.carry, old_stats, rollout))
+
+            write(log, config, run, step, part, batch, history, spent | part.seconds, totals)
+            skipped = stop_if_diverged(skipped, history, step, section.max_nonfinite)
+            evaluate(step + 1, config, run, state.params, log, totals)
+            if (step + 1) % config.checkpoint.every == 0 or step + 1 == config.steps:
+                with metrics.timed(totals, "checkpoint"):
+                    checkpoint.save(manager, step + 1, state, {"data": batches.get_state(), "seconds": totals})
+    return summarise(workdir, config, totals | {"this_process": time.perf_counter() - started})
+
+
+def evaluate(step: int, config, run: build.Setup, params, log: metrics.Log, totals: dict):
+    """Evaluates on the held-out problems where step asks for it and it was not done before a restart."""
+    every = config.evaluation.every
+    due = step in (0, config.steps) or (every and step % every == 0)
+    if not due or step in [e["step"] for e in report.read_jsonl(log.workdir / "evaluations.jsonl")]:
+        return
+    with metrics.timed(totals, "evaluate"):
+        results, _ = evaluation.evaluate(
+            run.engine,
+            run.engine.load(params, step),
+            run.task,
+            run.task.evaluation,
+            run.eval_sampling,
+            jax.random.fold_in(jax.random.key(config.seed + 1), step),
+            samples=config.evaluation.samples,
+            batch_prompts=config.evaluation.batch_prompts,
+        )
+    metrics.append(log, "evaluations", {"step": step, **results})
+    print(f"evaluation after {step} steps: pass@1 {report.estimate_text(results['pass@1'])}", flush=True)
+
+
+def write(log, config, run, step, part, batch, history, spent: dict, totals: dict):
+    """One line of metrics, a few sampled rollouts, one line on the screen."""
+    for stage, seconds in spent.items():
+        totals[stage] = totals.get(stage, 0.0) + seconds
+    means = {name: float(np.mean([values[name] for values in history])) for name in history[0]}
+    record = {
+        "step": step,
+        **metrics.rollout_metrics(part, run.algorithm.group_size),
+        **metrics.batch_metrics(batch),
+        **means,
+        "tokens_per_second": part.sampled_tokens / sum(spent.values()),
+        **{f"seconds_{stage}": seconds for stage, seconds in spent.items()},
+    }
+    metrics.append(log, "metrics", record)
+    for sample in metrics.sample_records(part, step, config.log.rollouts, run.algorithm.group_size):
+        metrics.append(log, "rollouts", sample)
+    print(metrics.progress_line(record, config.steps), flush=True)
+
+
+def stop_if_diverged(skipped: int, history, step: int, limit: int) -> int:
+    """Updates in a row that were skipped for a gradient that is not finite.
+
+    Raises:
+      ValueError: more than `limit`.
+    """
+    for values in history:
+        skipped = skipped + 1 if values["nonfinite"] else 0
+    if skipped:
+        print(f"warning: step {step + 1}: loss or gradient not finite, {skipped} updates in a row left out", flush=True)
+    if skipped > limit:
+        raise ValueError(
+            f"step {step + 1}: loss or gradient was not finite in {skipped} updates in a row (train.max_nonfinite={limit}); "
+            "parameters were left as they were. Lower optimizer.learning_rate, or resume from the last checkpoint "
+            "with model.dtype=float32"
+        )
+    return skipped
+
+
+def profiled(workdir: Path, *, active: bool):
+    """A profile of the enclosed step under <workdir>/profile, for TensorBoard or Perfetto."""
+    return jax.profiler.trace(str(workdir / "profile")) if active else contextlib.nullcontext()
+
+
+def summarise(workdir: Path, config, seconds: dict) -> dict:
+    """Writes summary.json and curve.png and prints the table of before and after."""
+    evaluations = {e["step"]: e for e in report.read_jsonl(workdir / "evaluations.jsonl")}
+    before, after = evaluations[0], evaluations[config.steps]
+    summary = {
+        "pass_at_1": {"before": before["pass@1"], "after": after["pass@1"]},
+        "before": before,
+        "after": after,
+        "steps": config.steps,
+        "seconds": {stage: round(value, 2) for stage, value in seconds.items()},
+    }
+    (workdir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    picture = report.draw_curve(workdir, f"{config.algorithm.name} · {config.task.name} · seed {config.seed}")
+    print(f"\n{report.before_after_table(before, after)}\n")
+    print("seconds  " + "  ".join(f"{stage} {value:.1f}" for stage, value in seconds.items()))
+    print(f"written  {workdir / 'summary.json'}, {picture}, metrics.jsonl, rollouts.jsonl, checkpoints/")
+    return summary
+
+
+if __name__ == "__main__":
+
+    def main():
+        train(cli.checked_config(), cli.workdir())
+
+    cli.run(main)

@@ -1,0 +1,1 @@
+"""RL post-training of reasoning language models as pure JAX functions."""

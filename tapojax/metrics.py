@@ -1,0 +1,141 @@
+"""What a run writes down: metrics.jsonl, TensorBoard events, sampled rollouts, a progress line."""
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tensorboardX import SummaryWriter
+
+from tapojax.rollout.collect import Collected
+from tapojax.types import Batch
+
+
+class Log(NamedTuple):
+    """Where a run writes."""
+
+    workdir: Path
+    tensorboard: SummaryWriter | None
+
+
+def open_log(workdir: Path, *, start: int, tensorboard: bool) -> Log:
+    """Opens the log of a run that goes on at step `start`: lines of later steps, left by a killed run, are dropped."""
+    for name, first_dropped in (("metrics", start), ("rollouts", start), ("evaluations", start + 1)):
+        _drop_from(workdir / f"{name}.jsonl", first_dropped)
+    writer = SummaryWriter(str(workdir / "tensorboard"), purge_step=start) if tensorboard else None
+    return Log(workdir, writer)
+
+
+def _drop_from(path: Path, step: int):
+    if not path.exists():
+        return
+    kept = [line for line in path.read_text().splitlines(keepends=True) if _step_of(line) < step]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept))
+    os.replace(temporary, path)
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except ValueError:  # the kill came in the middle of this line
+        return float("inf")
+
+
+def append(log: Log, name: str, record: Mapping):
+    """Adds one JSON line to `name`.jsonl and its numbers to TensorBoard. NaN and infinities become null."""
+    clean = {key: _plain(value) for key, value in record.items()}
+    with open(log.workdir / f"{name}.jsonl", "a") as file:
+        file.write(json.dumps(clean) + "\n")
+    if log.tensorboard is not None and name != "rollouts":
+        for key, value in clean.items():
+            if isinstance(value, float | int) and key != "step":
+                log.tensorboard.add_scalar(f"{name}/{key}", value, clean["step"])
+        log.tensorboard.flush()
+
+
+def _plain(value):
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, str | bool | None | list):
+        return value
+    value = float(value) if not isinstance(value, int | np.integer) else int(value)
+    return value if np.isfinite(value) else None
+
+
+def rollout_metrics(part: Collected, group_size: int) -> dict:
+    """What one rollout batch looked like; rates leave out what could not be scored."""
+    correct = np.asarray(part.scores["correct"], float).reshape(-1, group_size)
+    lengths = part.rollout.mask.sum(axis=1)
+    mean = {name: float(np.nanmean(values)) if not np.all(np.isnan(values)) else np.nan for name, values in part.scores.items()}
+    return {
+        "accuracy": mean.pop("correct"),
+        **{f"score_{name}": value for name, value in mean.items()},
+        "collapsed_groups": float(np.mean(np.nanmax(correct, axis=1) == np.nanmin(correct, axis=1))),
+        "length_mean": float(lengths.mean()),
+        "length_max": int(lengths.max()),
+        "truncated": float(np.mean(part.rollout.truncated)),
+        "injected": float(np.mean(part.rollout.source > 0)),
+        "score_errors": len(part.errors),
+        "sampled_rows": part.sampled_rows,
+        "sampled_tokens": part.sampled_tokens,
+    }
+
+
+def batch_metrics(batch: Batch) -> dict:
+    """What the algorithm made of it: the share of rows without any signal, and of rows left out unscored."""
+    advantages, mask = np.asarray(batch.advantages), np.asarray(batch.mask)
+    active = np.any(mask, axis=1)
+    return {
+        "silent_rows": float(np.mean(~np.any(advantages != 0, axis=1)[active])) if active.any() else 1.0,
+        "masked_rows": float(np.mean(~active)),
+        "advantage_max": float(np.abs(advantages).max()),
+    }
+
+
+def sample_records(part: Collected, step: int, count: int, group_size: int) -> list[dict]:
+    """The first row of each of the first groups, in words."""
+    return [
+        {
+            "step": step,
+            "id": str(part.prompts.examples[i]["id"]),
+            "problem": str(part.prompts.examples[i]["problem"]),
+            "completion": part.completions[i * group_size],
+            "source": int(part.rollout.source[i * group_size]),
+            **{name: float(values[i * group_size]) for name, values in part.scores.items()},
+        }
+        for i in range(min(count, len(part.prompts.examples)))
+    ]
+
+
+@contextlib.contextmanager
+def timed(seconds: dict[str, float], stage: str):
+    """Adds the wall time of the block to seconds[stage]."""
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - start
+
+
+PROGRESS = (
+    ("accuracy", "acc", "{:.3f}"),
+    ("entropy", "entropy", "{:.3f}"),
+    ("update_kl", "kl", "{:.1e}"),
+    ("length_mean", "len", "{:.1f}"),
+    ("clip_fraction", "clip", "{:.3f}"),
+    ("collapsed_groups", "collapsed", "{:.2f}"),
+    ("tokens_per_second", "tok/s", "{:.0f}"),
+)
+
+
+def progress_line(record: Mapping, steps: int) -> str:
+    """One line a person can follow while it scrolls."""
+    numbers = "  ".join(f"{label} {form.format(record[key])}" for key, label, form in PROGRESS if record.get(key) is not None)
+    stages = [key for key in record if key.startswith("seconds_")]
+    times = " ".join(f"{key.removeprefix('seconds_')} {record[key]:.2f}" for key in stages)
+    return f"step {record['step'] + 1:>{len(str(steps))}}/{steps}  {numbers}  | s: {times}"

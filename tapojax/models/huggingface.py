@@ -1,0 +1,370 @@
+"""Hugging Face checkpoints, both ways and without torch: config.json, safetensors, tokenizer files.
+
+`TABLE` is the only place where the two namings meet. It is read left to right when loading and right to left when
+saving, so both directions are exact. A torch Linear stores [out, in]; our kernels are [in, out], with the heads apart.
+"""
+
+import dataclasses
+import json
+import math
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from flax import traverse_util
+from jaxtyping import Shaped
+
+from tapojax.models import decoder, safetensors_folder
+from tapojax.models.config import DecoderConfig, Llama3Rope
+from tapojax.models.safetensors_folder import PathLike
+
+# Our path -> their name, and the move from their axes to ours.
+# v vocabulary, d width, f MLP width, n heads, k key-value heads, h head dimension; the layer axis is not written.
+TABLE = {
+    "embedding": ("model.embed_tokens.weight", "v d -> v d"),
+    "head": ("lm_head.weight", "v d -> d v"),
+    "final_norm/scale": ("model.norm.weight", "d -> d"),
+    "layers/attention_norm/scale": ("model.layers.{layer}.input_layernorm.weight", "d -> d"),
+    "layers/mlp_norm/scale": ("model.layers.{layer}.post_attention_layernorm.weight", "d -> d"),
+    "layers/query_norm/scale": ("model.layers.{layer}.self_attn.q_norm.weight", "h -> h"),
+    "layers/key_norm/scale": ("model.layers.{layer}.self_attn.k_norm.weight", "h -> h"),
+    "layers/query/kernel": ("model.layers.{layer}.self_attn.q_proj.weight", "(n h) d -> d n h"),
+    "layers/query/bias": ("model.layers.{layer}.self_attn.q_proj.bias", "(n h) -> n h"),
+    "layers/key/kernel": ("model.layers.{layer}.self_attn.k_proj.weight", "(k h) d -> d k h"),
+    "layers/key/bias": ("model.layers.{layer}.self_attn.k_proj.bias", "(k h) -> k h"),
+    "layers/value/kernel": ("model.layers.{layer}.self_attn.v_proj.weight", "(k h) d -> d k h"),
+    "layers/value/bias": ("model.layers.{layer}.self_attn.v_proj.bias", "(k h) -> k h"),
+    "layers/output/kernel": ("model.layers.{layer}.self_attn.o_proj.weight", "d (n h) -> n h d"),
+    "layers/output/bias": ("model.layers.{layer}.self_attn.o_proj.bias", "d -> d"),
+    "layers/gate/kernel": ("model.layers.{layer}.mlp.gate_proj.weight", "f d -> d f"),
+    "layers/gate/bias": ("model.layers.{layer}.mlp.gate_proj.bias", "f -> f"),
+    "layers/up/kernel": ("model.layers.{layer}.mlp.up_proj.weight", "f d -> d f"),
+    "layers/up/bias": ("model.layers.{layer}.mlp.up_proj.bias", "f -> f"),
+    "layers/down/kernel": ("model.layers.{layer}.mlp.down_proj.weight", "d f -> f d"),
+    "layers/down/bias": ("model.layers.{layer}.mlp.down_proj.bias", "d -> d"),
+}
+
+# Our field -> their key, its type, and the default of all three families (... where there is none)
+KEYS = {
+    "vocab_size": ("vocab_size", int, ...),
+    "hidden_size": ("hidden_size", int, ...),
+    "intermediate_size": ("intermediate_size", int, ...),
+    "num_layers": ("num_hidden_layers", int, ...),
+    "num_heads": ("num_attention_heads", int, ...),
+    "norm_eps": ("rms_norm_eps", float, 1e-6),
+    "tie_embeddings": ("tie_word_embeddings", bool, False),
+    "initializer_range": ("initializer_range", float, 0.02),
+}
+ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
+EXECUTION = ("dtype", "param_dtype", "remat", "unroll", "initializer_range")  # fields that do not shape a checkpoint
+FLOATS = ("F64", "F32", "F16", "BF16")
+# What goes along with an export. vLLM takes its default sampling and stop tokens from generation_config.json.
+BESIDES = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template*",
+    "generation_config.json",
+)  # fmt: skip
+
+
+# ---- config.json
+
+
+def read_config(path: PathLike) -> DecoderConfig:
+    """The shape of the checkpoint in a folder, from its config.json as transformers 4 or 5 wrote it.
+
+    `dtype` (of activations) is the stored one; parameters stay float32, which small updates need.
+
+    Raises:
+      ValueError: no readable config.json, or something in it that the decoder does not do, named with its value.
+    """
+    origin = safetensors_folder.existing(path) / "config.json"
+    raw = safetensors_folder.read_json(origin)
+    missing = [key for key, _, default in KEYS.values() if default is ... and key not in raw]
+    safetensors_folder.refuse(f"{origin} is not the config of a decoder", {"missing": missing}, "Pass another folder")
+    family = raw.get("model_type")
+    dtype = raw.get("dtype") or raw.get("torch_dtype") or "float32"
+    supported = {
+        "model_type": (family in ARCHITECTURES, " or ".join(ARCHITECTURES)),
+        "hidden_act": (raw.get("hidden_act", "silu") == "silu", "silu"),
+        "use_sliding_window": (not raw.get("use_sliding_window"), "false"),
+        "layer_types": (set(raw.get("layer_types") or ()) <= {"full_attention"}, "full_attention alone"),
+        "quantization_config": (raw.get("quantization_config") is None, "a float checkpoint"),
+        "dtype": (dtype in ("float32", "bfloat16", "float16"), "float32, bfloat16 or float16"),
+    }
+    for key, (fine, ours) in supported.items():
+        if not fine:
+            raise ValueError(f"{origin}: {key}={raw.get(key)!r} is not supported; the decoder does {ours}")
+    biased = family == "qwen2" or bool(raw.get("attention_bias"))
+    return DecoderConfig(
+        **{field: kind(raw.get(key, default)) for field, (key, kind, default) in KEYS.items()},
+        num_kv_heads=raw.get("num_key_value_heads") or raw["num_attention_heads"],
+        head_dim=raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"],
+        **_read_rope(raw, origin),
+        qkv_bias=biased,
+        output_bias=biased and family != "qwen2",
+        mlp_bias=family == "llama" and bool(raw.get("mlp_bias")),
+        qk_norm=family == "qwen3",
+        dtype=dtype,
+    )
+
+
+def _read_rope(raw: Mapping[str, Any], origin: Path) -> dict[str, Any]:
+    """transformers 5 keeps everything in rope_parameters; 4 has rope_theta beside rope_scaling, which still wins."""
+    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    theta = float(rope.get("rope_theta", raw.get("rope_theta", 10_000.0)))
+    partial = rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0))
+    if kind not in ("default", "llama3") or any(isinstance(value, Mapping) for value in rope.values()):
+        raise ValueError(f"{origin}: rope_type={kind!r} is not supported; the decoder does default and llama3: {rope}")
+    if partial != 1.0:
+        raise ValueError(f"{origin}: partial_rotary_factor={partial!r} is not supported; the decoder turns whole heads")
+    if kind == "default":
+        return {"rope_theta": theta}
+    factors = ("factor", "low_freq_factor", "high_freq_factor")
+    if missing := [key for key in (*factors, "original_max_position_embeddings") if key not in rope]:
+        raise ValueError(f"{origin}: llama3 rope scaling lacks {', '.join(missing)}")
+    scaling = Llama3Rope(*(float(rope[key]) for key in factors), int(rope["original_max_position_embeddings"]))
+    return {"rope_theta": theta, "rope_scaling": scaling}
+
+
+def to_json(
+    config: DecoderConfig,
+    *,
+    dtype: str,
+    max_position_embeddings: int = 32_768,
+    bos_token_id: int | None = None,
+    eos_token_id: int | Sequence[int] | None = None,
+    pad_token_id: int | None = None,
+) -> dict[str, Any]:
+    """What config.json says of a model of ours, in words that transformers 4, 5 and vLLM all read.
+
+    Raises:
+      ValueError: no Hugging Face family has this combination of biases and norms.
+    """
+    family = _family(config)
+    rope: dict[str, Any] = {"rope_type": "default"}
+    if (scaling := config.rope_scaling) is not None:
+        rope = {"rope_type": "llama3", **dataclasses.asdict(scaling)}
+        rope["original_max_position_embeddings"] = rope.pop("original_max_position")
+    tokens = {"bos_token_id": bos_token_id, "eos_token_id": eos_token_id, "pad_token_id": pad_token_id}
+    return {
+        "architectures": [ARCHITECTURES[family]],
+        "model_type": family,
+        **{key: getattr(config, field) for field, (key, _, _) in KEYS.items()},
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        **({} if family == "qwen2" else {"attention_bias": config.qkv_bias}),
+        **({"mlp_bias": config.mlp_bias} if family == "llama" else {}),
+        "max_position_embeddings": max_position_embeddings,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": None if scaling is None else rope,
+        "rope_parameters": {**rope, "rope_theta": config.rope_theta},
+        "dtype": dtype,
+        "torch_dtype": dtype,
+        **{key: value for key, value in tokens.items() if value is not None},
+    }
+
+
+def _family(config: DecoderConfig) -> str:
+    biases = (config.qkv_bias, config.output_bias, config.mlp_bias)
+    square = config.num_heads * config.head_dim == config.hidden_size
+    if config.qk_norm and biases in ((False, False, False), (True, True, False)):
+        return "qwen3"
+    if not config.qk_norm and biases == (True, False, False) and square:
+        return "qwen2"
+    if not config.qk_norm and config.qkv_bias == config.output_bias and config.hidden_size % config.num_heads == 0:
+        return "llama"
+    raise ValueError(
+        f"no Hugging Face family holds qk_norm={config.qk_norm}, qkv_bias={config.qkv_bias}, "
+        f"output_bias={config.output_bias}, mlp_bias={config.mlp_bias}, num_heads={config.num_heads}, "
+        f"head_dim={config.head_dim}, hidden_size={config.hidden_size}: choose qwen3 (qk_norm; biases on q, k, v and "
+        "output or nowhere), qwen2 (bias on q, k, v; num_heads * head_dim = hidden_size) or llama (bias on q, k, v and "
+        "output or on neither; hidden_size a multiple of num_heads)"
+    )
+
+
+def write_config(
+    config: DecoderConfig, path: PathLike, *, dtype: str = "float32", source: PathLike | None = None, **keys: Any
+):
+    """Writes config.json into a folder. `keys` are those of `to_json`, such as eos_token_id.
+
+    A source folder with a config.json of its own gives the text, and only dtype and `keys` are set in it: a checkpoint
+    keeps whatever its publisher said beyond the shape.
+
+    Raises:
+      ValueError: the source's config.json describes another model.
+    """
+    raw = to_json(config, dtype=dtype, **keys)
+    if source is not None and (Path(source) / "config.json").exists():
+        ours, theirs = dataclasses.asdict(config), dataclasses.asdict(read_config(source))
+        differing = [f for f in ours if f not in EXECUTION and ours[f] != theirs[f]]
+        listed = [f"{field}={ours[field]} (source: {theirs[field]})" for field in differing]
+        safetensors_folder.refuse(f"config is not that of {source}", {"differing": listed}, "Pass the trained one")
+        given = {key: value for key, value in keys.items() if value is not None}
+        raw = safetensors_folder.read_json(Path(source) / "config.json")
+        raw |= {"dtype": dtype, "torch_dtype": dtype, **given}
+    (Path(path) / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
+
+
+# ---- tensors
+
+
+class Tensor(NamedTuple):
+    """One tensor of a checkpoint: its place in our tree, the move from their axes to ours, its shape in the file."""
+
+    path: str
+    layer: int | None
+    pattern: str
+    shape: tuple[int, ...]
+
+
+def manifest(config: DecoderConfig) -> dict[str, Tensor]:
+    """Hugging Face name -> Tensor, for every tensor of a checkpoint of this shape."""
+    sizes = _axis_sizes(config)
+    tensors = {}
+    for path in _abstract(config):
+        name, pattern = TABLE[path]
+        groups = re.findall(r"\([^)]*\)|\w+", pattern.split(" -> ")[0])
+        shape = tuple(math.prod(sizes[axis] for axis in re.findall(r"\w+", group)) for group in groups)
+        for layer in range(config.num_layers) if path.startswith("layers/") else (None,):
+            tensors[name.format(layer=layer)] = Tensor(path, layer, pattern, shape)
+    return tensors
+
+
+def _abstract(config: DecoderConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    """Our leaves by path. The decoder itself is asked, so there is no second list of what a config implies."""
+    shapes = jax.eval_shape(lambda: decoder.init(config, jax.random.key(0)))
+    return traverse_util.flatten_dict(shapes, sep="/")
+
+
+def _axis_sizes(config: DecoderConfig) -> dict[str, int]:
+    return {
+        "v": config.vocab_size,
+        "d": config.hidden_size,
+        "f": config.intermediate_size,
+        "n": config.num_heads,
+        "k": config.num_kv_heads,
+        "h": config.head_dim,
+    }
+
+
+def _move(config: DecoderConfig, x: Shaped[np.ndarray, "..."], pattern: str) -> Shaped[np.ndarray, "..."]:
+    """A view of x with its axes as the pattern says."""
+    sizes = _axis_sizes(config)
+    return rearrange(x, pattern, **{axis: sizes[axis] for axis in re.findall(r"\w", pattern)})
+
+
+def load_params(path: PathLike, config: DecoderConfig, *, dtype: str | None = None) -> Any:
+    """Params as numpy arrays of `dtype` (config.param_dtype if None) from model.safetensors or its shards.
+
+    Every array is allocated once and filled tensor by tensor from memory-mapped files. The tensors must be exactly
+    those of the config, but for two leftovers: the rotary inv_freq buffers of old transformers, which follow from
+    rope_theta, and an lm_head.weight beside tied embeddings that equals them.
+
+    Raises:
+      ValueError: missing, unexpected or misshapen tensors, all of them named; a missing, truncated or doubtful file.
+    """
+    folder, expected = safetensors_folder.existing(path), manifest(config)
+    dtype = jnp.dtype(config.param_dtype if dtype is None else dtype)
+    with safetensors_folder.opened(folder) as found:
+        _check_tensors(folder, expected, found)
+        flat = {key: np.empty(leaf.shape, dtype) for key, leaf in _abstract(config).items()}
+        for name, tensor in expected.items():
+            x = found[name].get_tensor(name)
+            flat[tensor.path][... if tensor.layer is None else tensor.layer] = _move(config, x, tensor.pattern)
+    return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def _check_tensors(folder: Path, expected: Mapping[str, Tensor], found: Mapping[str, Any]):
+    slices = {name: file.get_slice(name) for name, file in found.items()}
+    second_head = "lm_head.weight" in found and "lm_head.weight" not in expected
+    leftovers = [name for name in found if name.endswith("rotary_emb.inv_freq")] + ["lm_head.weight"] * second_head
+    problems = _compare(
+        {name: tensor.shape for name, tensor in expected.items()},
+        {name: tuple(x.get_shape()) for name, x in slices.items() if name not in leftovers},
+    )
+    dtypes = {name: slices[name].get_dtype() for name in expected if name in slices}
+    problems["not float"] = [f"{name} {dtype}" for name, dtype in dtypes.items() if dtype not in FLOATS]
+    fix = "Pass the config that read_config gives for this folder; if it is that one, the folder is damaged"
+    safetensors_folder.refuse(f"{folder} does not hold the tensors of this config", problems, fix)
+    if second_head and not _equal(found, "lm_head.weight", "model.embed_tokens.weight"):
+        raise ValueError(
+            f"{folder}: tie_word_embeddings is true, yet lm_head.weight differs from model.embed_tokens.weight: set it "
+            "to false in config.json to use both, or delete lm_head.weight"
+        )
+
+
+def _compare(expected: Mapping[str, tuple[int, ...]], got: Mapping[str, tuple[int, ...]]) -> dict[str, list[str]]:
+    both = [name for name in expected if name in got]
+    return {
+        "missing": [name for name in expected if name not in got],
+        "unexpected": [name for name in got if name not in expected],
+        "of another shape": [f"{n} {got[n]} (config: {expected[n]})" for n in both if got[n] != expected[n]],
+    }
+
+
+def _equal(found: Mapping[str, Any], one: str, other: str) -> bool:
+    return np.array_equal(found[one].get_tensor(one), found[other].get_tensor(other))
+
+
+def named_tensors(
+    params: Any, config: DecoderConfig, *, dtype: str | None = None
+) -> Iterator[tuple[str, Shaped[np.ndarray, "..."]]]:
+    """(Hugging Face name, contiguous host array) one at a time, each as `dtype` (its own if None).
+
+    Raises:
+      ValueError: params are not those of the config.
+    """
+    flat = traverse_util.flatten_dict(params, sep="/")
+    shapes = {path: leaf.shape for path, leaf in _abstract(config).items()}
+    problems = _compare(shapes, {path: leaf.shape for path, leaf in flat.items()})
+    fix = "Pass the config that was trained, and merge adapters into the params first"
+    safetensors_folder.refuse("the params are not those of this config", problems, fix)
+    for name, tensor in manifest(config).items():
+        leaf = flat[tensor.path]
+        x = np.asarray(leaf if tensor.layer is None else leaf[tensor.layer])
+        x = _move(config, x, " -> ".join(reversed(tensor.pattern.split(" -> "))))
+        yield name, np.ascontiguousarray(x, dtype=x.dtype if dtype is None else jnp.dtype(dtype))
+
+
+def save_params(
+    path: PathLike,
+    params: Any,
+    config: DecoderConfig,
+    *,
+    dtype: str | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+    source: PathLike | None = None,
+    **keys: Any,
+):
+    """Writes a folder that transformers and vLLM load. It appears whole or not at all, and never replaces another.
+
+    Args:
+      dtype: of the stored tensors; None keeps each as it is.
+      source: a folder whose tokenizer files go along, with its config.json and generation_config.json if it has them.
+      **keys: for config.json, see `to_json`.
+
+    Raises:
+      ValueError: the folder exists, params do not fit the config, or source has nothing to give.
+      OSError: the disk is full or refuses; nothing is left behind.
+    """
+    stored = dtype or jnp.result_type(*(leaf.dtype for leaf in jax.tree.leaves(params))).name
+    with safetensors_folder.appearing(path) as folder:
+        write_config(config, folder, dtype=stored, source=source, **keys)
+        if source is not None:
+            _copy_besides(safetensors_folder.existing(source), folder)
+        safetensors_folder.write(folder, named_tensors(params, config, dtype=dtype), max_shard_bytes=max_shard_bytes)
+
+
+def _copy_besides(source: Path, folder: Path):
+    files = {file for pattern in BESIDES for file in source.glob(pattern) if file.is_file()}
+    if not files and not (source / "config.json").exists():
+        raise ValueError(f"source={source} holds neither tokenizer files nor a config.json")
+    for file in files:
+        shutil.copyfile(file, folder / file.name)

@@ -1,0 +1,62 @@
+"""The end of a run in one table and one picture."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+
+def before_after_table(before: Mapping, after: Mapping) -> str:
+    """Markdown: every rate of the two evaluations, with its 95 % interval where it has one."""
+    names = [name for name in after if isinstance(after[name], dict)]
+    plain = [name for name in after if isinstance(after[name], float)]
+    rows = [f"| {name} | {estimate_text(before[name])} | {estimate_text(after[name])} |" for name in names]
+    rows += [f"| {name} | {before[name]:.3f} | {after[name]:.3f} |" for name in plain]
+    title = f"| {after['problems']} held-out problems x {after['samples']} samples | before | after |"
+    return "\n".join([title, "|---|---|---|", *rows])
+
+
+def estimate_text(value: Mapping) -> str:
+    """mean [low, high]."""
+    return f"{value['mean']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    """All records of a JSON lines file, or none where it does not exist."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def draw_curve(workdir: Path, title: str) -> Path:
+    """curve.png: held-out pass@1 with its interval, training accuracy, entropy and length over steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    steps, evaluations = read_jsonl(workdir / "metrics.jsonl"), read_jsonl(workdir / "evaluations.jsonl")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    figure.suptitle(title)
+    left.plot(*_series(steps, "accuracy"), color="tab:gray", alpha=0.6, lw=1.2, label="training accuracy")
+    at = [e["step"] for e in evaluations]
+    mean, low, high = ([e["pass@1"][key] for e in evaluations] for key in ("mean", "low", "high"))
+    left.plot(at, mean, color="tab:blue", marker="o", ms=4, lw=2, label="held-out pass@1")
+    left.fill_between(at, low, high, color="tab:blue", alpha=0.15, lw=0, label="95 % interval")
+    left.set(xlabel="step", ylabel="share of completions right", ylim=(0, 1.02))
+    left.grid(alpha=0.25)
+    left.legend(loc="lower right", frameon=False)
+    right.plot(*_series(steps, "entropy"), color="tab:red", lw=1.5)
+    right.set(xlabel="step", ylim=(0, None))
+    right.set_ylabel("entropy, nats a token", color="tab:red")
+    right.grid(alpha=0.25)
+    lengths = right.twinx()
+    lengths.plot(*_series(steps, "length_mean"), color="tab:green", lw=1.5)
+    lengths.set_ylim(0, None)
+    lengths.set_ylabel("completion length, tokens", color="tab:green")
+    path = workdir / "curve.png"
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+    return path
+
+
+def _series(records: Sequence[Mapping], key: str) -> tuple[list, list]:
+    points = [(r["step"] + 1, r[key]) for r in records if r.get(key) is not None]
+    return [x for x, _ in points], [y for _, y in points]

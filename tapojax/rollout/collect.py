@@ -1,0 +1,147 @@
+"""One rollout batch: prompts in, scored rows out, groups without a signal replaced where the algorithm asks for it."""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from tapojax.types import Algorithm, Engine, Example, Prompts, Rollout, Sampling, Scores, Task
+
+
+class Collected(NamedTuple):
+    """A full batch: P * G rows on the host, with what was said about them."""
+
+    rollout: Rollout
+    scores: Scores
+    prompts: Prompts
+    completions: Sequence[str]
+    errors: Sequence[str]  # one text for each row that could not be scored, discarded groups included
+    sampled_rows: int  # rows generated to fill the batch
+    sampled_tokens: int
+    seconds: Mapping[str, float]  # spent sampling and scoring
+
+
+def collect(
+    engine: Engine,
+    weights: Any,
+    batches: Iterator[Sequence[Example]],
+    task: Task,
+    algorithm: Algorithm,
+    sampling: Sampling,
+    *,
+    step: int,
+    key: jax.Array,
+    carry: Any = (),
+    max_rounds: int = 10,
+    max_error_share: float = 0.2,
+) -> Collected:
+    """Samples and scores G completions of each of the next P prompts; refills until P groups are kept.
+
+    Raises:
+      ValueError: a channel the algorithm needs is missing; more than max_error_share of a round's rows could not be
+        scored; max_rounds rounds did not fill the batch.
+    """
+    kept: list[Collected] = []
+    num_prompts, share, rounds = 0, [], 0
+    while not kept or sum(len(part.prompts.tokens) for part in kept) < num_prompts:
+        if rounds == max_rounds:
+            found = sum(len(part.prompts.tokens) for part in kept)
+            raise ValueError(
+                f"step {step}: {rounds} rounds of {num_prompts} prompts gave {found} groups worth keeping (share of the "
+                f"last rounds {share[-3:]}): the problems are too easy or too hard for this policy; change the data, "
+                "raise collect.max_rounds, or turn dynamic sampling off"
+            )
+        examples = next(batches)
+        num_prompts = len(examples)
+        part = _one_round(engine, weights, examples, task, algorithm, sampling, step, jax.random.fold_in(key, rounds), carry)
+        rounds += 1
+        _check_errors(part, max_error_share)
+        keep = np.ones(num_prompts, bool)
+        if algorithm.keep is not None:
+            keep = np.asarray(algorithm.keep(algorithm.rewards(part.scores, part.rollout, step), part.scores))
+        share.append(round(float(keep.mean()), 3))
+        kept.append(select(part, np.flatnonzero(keep), algorithm.group_size))
+    return select(concatenate(kept), np.arange(num_prompts), algorithm.group_size)
+
+
+def _one_round(engine, weights, examples, task, algorithm, sampling, step, key, carry) -> Collected:
+    prompts = Prompts(examples, [task.prompt(example) for example in examples])
+    if algorithm.prompts is not None:
+        prompts = algorithm.prompts(prompts, step)
+    started = time.perf_counter()
+    rollout = engine.generate(
+        weights,
+        prompts,
+        key,
+        group_size=algorithm.group_size,
+        sampling=sampling,
+        temperature=algorithm.temperature,
+        carry=carry,
+    )
+    sampled = time.perf_counter()
+    rows = [example for example in examples for _ in range(algorithm.group_size)]
+    completions = decode(task.tokenizer, rollout)
+    scores, errors = task.score(rows, completions)
+    if missing := algorithm.needs - scores.keys():
+        raise ValueError(
+            f"the algorithm needs the score channels {sorted(missing)}, the task gives {sorted(scores)}: "
+            "choose a task or reward that provides them"
+        )
+    if algorithm.inject is not None:
+        rollout, scores = algorithm.inject(rollout, scores, prompts, key)
+    return Collected(
+        rollout=rollout,
+        scores=scores,
+        prompts=prompts,
+        completions=completions,
+        errors=[error for error in errors if error is not None],
+        sampled_rows=len(rows),
+        sampled_tokens=int(rollout.mask.sum()),
+        seconds={"sample": sampled - started, "reward": time.perf_counter() - sampled},
+    )
+
+
+def decode(tokenizer, rollout: Rollout) -> list[str]:
+    """The completions as text."""
+    return [
+        tokenizer.decode(tokens[mask].tolist(), skip_special_tokens=True)
+        for tokens, mask in zip(rollout.tokens, rollout.mask, strict=True)
+    ]
+
+
+def _check_errors(part: Collected, max_error_share: float):
+    share = len(part.errors) / part.sampled_rows
+    if share > max_error_share:
+        raise ValueError(
+            f"{len(part.errors)} of {part.sampled_rows} rows could not be scored (collect.max_error_share is "
+            f"{max_error_share}); the first error: {part.errors[0]}"
+        )
+
+
+def select(part: Collected, groups: np.ndarray, group_size: int) -> Collected:
+    """The given groups, in that order; errors and counts of the whole are kept."""
+    rows = (groups[:, None] * group_size + np.arange(group_size)).reshape(-1)
+    return part._replace(
+        rollout=jax.tree.map(lambda x: np.asarray(x)[rows], part.rollout),
+        scores={name: np.asarray(values)[rows] for name, values in part.scores.items()},
+        prompts=Prompts(*([field[i] for i in groups] for field in part.prompts)),
+        completions=[part.completions[i] for i in rows],
+    )
+
+
+def concatenate(parts: Sequence[Collected]) -> Collected:
+    """One batch out of several rounds."""
+    if len(parts) == 1:
+        return parts[0]
+    return Collected(
+        rollout=jax.tree.map(lambda *xs: np.concatenate(xs), *(part.rollout for part in parts)),
+        scores={name: np.concatenate([part.scores[name] for part in parts]) for name in parts[0].scores},
+        prompts=Prompts(*(sum((list(part.prompts[i]) for part in parts), []) for i in range(len(Prompts._fields)))),
+        completions=sum((list(part.completions) for part in parts), []),
+        errors=sum((list(part.errors) for part in parts), []),
+        sampled_rows=sum(part.sampled_rows for part in parts),
+        sampled_tokens=sum(part.sampled_tokens for part in parts),
+        seconds={stage: sum(part.seconds[stage] for part in parts) for stage in parts[0].seconds},
+    )

@@ -1,0 +1,65 @@
+"""Rows of files, and the endless, exactly resumable order in which a run reads its problems."""
+
+import gzip
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import grain
+
+from tapojax.types import Example
+
+
+def batches(examples: Sequence[Example], *, batch_size: int, seed: int) -> Iterator[list[Example]]:
+    """Endless batches, shuffled anew each epoch. `get_state()` / `set_state(state)` resume at the exact row.
+
+    Raises:
+      ValueError: fewer examples than a batch needs.
+    """
+    if len(examples) < batch_size:
+        raise ValueError(f"{len(examples)} examples cannot fill a batch of {batch_size}: lower prompts_per_step or add data")
+    dataset = grain.MapDataset.source(examples).seed(seed).shuffle().repeat(None, reseed_each_epoch=True)
+    options = grain.ReadOptions(num_threads=0)  # rows are in memory: threads would only read ahead of the saved state
+    return iter(dataset.batch(batch_size, batch_fn=list).to_iter_dataset(options))
+
+
+def read_rows(path: str | Path) -> list[dict[str, Any]]:
+    """All rows of a .jsonl, .jsonl.gz or .parquet file.
+
+    Raises:
+      ValueError: no such file, a broken line (file and line are named), another kind of file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"no data file at {path}: check task.train_path and task.evaluation_path")
+    if path.suffix == ".parquet":
+        import pyarrow.parquet
+
+        return pyarrow.parquet.read_table(path).to_pylist()
+    if path.suffixes[-1:] == [".jsonl"] or path.suffixes[-2:] == [".jsonl", ".gz"]:
+        return _read_jsonl(path)
+    raise ValueError(f"{path}: expected a .jsonl, .jsonl.gz or .parquet file")
+
+
+def _read_jsonl(path: Path) -> list[dict[str, Any]]:
+    opener = gzip.open if path.suffix == ".gz" else open
+    rows = []
+    try:
+        with opener(path, "rt", encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    rows.append(_parse(line, path, number))
+    except (EOFError, gzip.BadGzipFile, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged after row {len(rows)}: {error}; fetch the file again") from error
+    return rows
+
+
+def _parse(line: str, path: Path, number: int) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {number}: not JSON ({error.msg} at column {error.colno}): {line[:80]!r}") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"{path}, line {number}: expected an object with the problem's fields, got {line[:80]!r}")
+    return row

@@ -1,0 +1,126 @@
+"""Problems from jsonl or parquet files, a Hugging Face tokenizer and its chat template, graded by the answer verifier."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from tapojax.rewards import answers
+from tapojax.tasks import data
+from tapojax.types import Example, Task
+
+INSTRUCTION = "{problem}\n\nPlease reason step by step, and put your final answer within \\boxed{{}}."
+
+
+def files(
+    *,
+    seed: int,
+    max_prompt_tokens: int,
+    tokenizer_path: str = "",
+    train_path: str = "",
+    evaluation_path: str = "",
+    problem_key: str = "problem",
+    answer_key: str = "answer",
+    solution_key: str = "solution",
+    template: str = INSTRUCTION,
+    chat: bool = True,
+    overlong_prompts: str = "error",
+    deadline_s: float = 5.0,
+    workers: int = 0,
+) -> Task:
+    """Rows with a problem and its final answer, in each file's own column names.
+
+    Args:
+      template: the user message, `{problem}` filled in.
+      chat: wrap the message in the tokenizer's chat template and open the assistant's turn.
+      overlong_prompts: "error" stops at a prompt past max_prompt_tokens, "drop" leaves such rows out.
+      deadline_s, workers: of the verifier, per answer; workers = 0 lets it choose.
+
+    Raises:
+      ValueError: a missing file or column, a tokenizer without end token, an overlong prompt; each is named.
+    """
+    del seed  # files have one order; the run's seed shuffles it
+    if overlong_prompts not in ("error", "drop"):
+        raise ValueError(f"task.overlong_prompts={overlong_prompts!r}: choose 'error' or 'drop'")
+    tokenizer = load_tokenizer(tokenizer_path)
+
+    def prompt(example: Example) -> list[int]:
+        text = template.format(problem=example["problem"])
+        if not chat:
+            return tokenizer.encode(text)
+        messages = [{"role": "user", "content": text}]
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+
+    def read(path: str) -> list[Example]:
+        keys = {"problem": problem_key, "answer": answer_key}
+        rows = [_example(row, path, i, keys, solution_key) for i, row in enumerate(data.read_rows(path))]
+        return _within_budget(rows, prompt, max_prompt_tokens, overlong_prompts, path)
+
+    def score(examples: Sequence[Example], completions: Sequence[str]):
+        grades = answers.grade(completions, [e["answer"] for e in examples], deadline_s=deadline_s, **_pool(workers))
+        correct = [np.nan if grade.correct is None else float(grade.correct) for grade in grades]
+        return {"correct": np.array(correct, np.float32)}, [grade.error for grade in grades]
+
+    return Task(
+        tokenizer=tokenizer,
+        train=read(train_path) if train_path else [],
+        evaluation=read(evaluation_path) if evaluation_path else [],
+        prompt=prompt,
+        score=score,
+        answer=answers.extract,
+        demonstration=lambda example, rng: _solution(example),
+    )
+
+
+def _pool(workers: int) -> dict:
+    return {"workers": workers} if workers else {}
+
+
+def _solution(example: Example) -> str:
+    if not example["solution"]:
+        raise ValueError(f"example {example['id']!r} has no solution to imitate: set task.solution_key, or sft.steps = 0")
+    return f"{example['solution']}\n\\boxed{{{example['answer']}}}"
+
+
+def load_tokenizer(path: str):
+    """A Hugging Face tokenizer from a folder or hub name; its pad token falls back to the end token.
+
+    Raises:
+      ValueError: it cannot be loaded or has no end token.
+    """
+    from transformers import AutoTokenizer
+
+    if not path:
+        raise ValueError("task.tokenizer_path is empty: give the folder or hub name of a Hugging Face tokenizer")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # transformers raises OSError, ValueError or worse, by what is missing
+        raise ValueError(f"no tokenizer can be loaded from {path!r}: {error}") from error
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"the tokenizer at {path!r} has no end-of-sequence token: add eos_token to its tokenizer_config.json")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token_id = tokenizer.eos_token_id  # harmless: masks come from the sampler, not from values
+    return tokenizer
+
+
+def _example(row: dict, path: str, index: int, keys: dict[str, str], solution_key: str) -> Example:
+    if missing := [key for key in keys.values() if row.get(key) in (None, "")]:
+        raise ValueError(f"{path}, row {index + 1}: no value for {missing}; it has {sorted(row)}. Set task.problem_key, task.answer_key")
+    return {
+        "id": str(row.get("id", f"{Path(path).name}/{index}")),
+        "problem": row[keys["problem"]],
+        "answer": str(row[keys["answer"]]),
+        "solution": row.get(solution_key) or "",
+    }
+
+
+def _within_budget(rows, prompt, max_prompt_tokens: int, overlong: str, path: str) -> list[Example]:
+    lengths = [len(prompt(row)) for row in rows]
+    long = [i for i, length in enumerate(lengths) if length > max_prompt_tokens]
+    if long and overlong == "error":
+        worst = max(long, key=lengths.__getitem__)
+        raise ValueError(
+            f"{path}: {len(long)} of {len(rows)} prompts exceed sampling.max_prompt_tokens={max_prompt_tokens}, the longest "
+            f"({rows[worst]['id']}) has {lengths[worst]}: raise it, or set task.overlong_prompts='drop'"
+        )
+    return [row for row, length in zip(rows, lengths, strict=True) if length <= max_prompt_tokens]
