@@ -44,13 +44,19 @@ def setup(config) -> Setup:
         task=problems,
         algorithm=algorithm(config),
         model=decoder_config,
-        optimizer=optimizer(config.optimizer, total_updates=config.steps * config.train.minibatches * config.train.epochs),
+        optimizer=optimizer(
+            config.optimizer, total_updates=config.steps * config.train.minibatches * config.train.epochs
+        ),
         engine=local.local_engine(
             decoder_config, max_prompt_tokens=config.sampling.max_prompt_tokens, dtype=config.sampling.dtype
         ),
         sampling=sampling(config, problems.tokenizer),
         eval_sampling=sampling(
-            config, problems.tokenizer, temperature=config.evaluation.temperature, top_k=0, top_p=config.evaluation.top_p
+            config,
+            problems.tokenizer,
+            temperature=config.evaluation.temperature,
+            top_k=0,
+            top_p=config.evaluation.top_p,
         ),
         score=policy.make_score(
             decoder_config,
@@ -134,7 +140,11 @@ def optimizer(section, *, total_updates: int) -> optax.GradientTransformation:
 
 def _is_matrix(params):
     def matrix(path, leaf):
-        return jax.tree_util.keystr(path, simple=True, separator="/").rsplit("/", 1)[-1] in ("kernel", "embedding", "head")
+        return jax.tree_util.keystr(path, simple=True, separator="/").rsplit("/", 1)[-1] in (
+            "kernel",
+            "embedding",
+            "head",
+        )
 
     return jax.tree_util.tree_map_with_path(matrix, params)
 
@@ -158,6 +168,17 @@ def fresh_state(algo: Algorithm, tx: optax.GradientTransformation, params, mesh)
     return jax.jit(init, out_shardings=shardings)(params)
 
 
+def abstract_state(run: Setup):
+    """Shapes and shardings of a TrainState, without allocating it: what a checkpoint is restored into."""
+
+    def init():
+        return train_step.init_state(run.algorithm, run.optimizer, decoder.init(run.model, jax.random.key(0)))
+
+    shapes = jax.eval_shape(init)
+    shardings = sharding.tree_shardings(shapes, run.mesh)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+
+
 def mismatch_correction(section) -> Callable[..., Any] | None:
     """The truncated importance weights of the train/rollout mismatch, or None where they are off."""
     if section.correction == "none":
@@ -179,7 +200,9 @@ def check_rows(config):
             f"x train.microbatches={config.train.microbatches} x {ways} devices (mesh.data * mesh.fsdp)"
         )
     if config.prompts_per_step % ways:
-        raise ValueError(f"prompts_per_step={config.prompts_per_step} is not a multiple of {ways} devices (mesh.data * mesh.fsdp)")
+        raise ValueError(
+            f"prompts_per_step={config.prompts_per_step} is not a multiple of {ways} devices (mesh.data * mesh.fsdp)"
+        )
 
 
 def warm_start_optimizer(section) -> optax.GradientTransformation:
@@ -187,4 +210,6 @@ def warm_start_optimizer(section) -> optax.GradientTransformation:
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, section.learning_rate, section.warmup_updates, section.updates, section.learning_rate / 10
     )
-    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.95, weight_decay=0.01, mask=_is_matrix))
+    return optax.chain(
+        optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.95, weight_decay=0.01, mask=_is_matrix)
+    )

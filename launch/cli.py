@@ -15,7 +15,9 @@ from ml_collections import config_flags
 from configs import base
 from launch import sections
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "a file of configs/, such as configs/quickstart.py", lock_config=True)
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "a file of configs/, such as configs/quickstart.py", lock_config=True
+)
 WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run; an existing one is resumed [runs/<config>-<time>]")
 TRACEBACK = flags.DEFINE_bool("traceback", False, "show where an error was raised, not only what it says")
 
@@ -83,7 +85,7 @@ def write_config(config, workdir: Path):
 def _differences(old, new, prefix: str = "") -> dict:
     if not (isinstance(old, dict) and isinstance(new, dict)):
         return {} if old == new else {prefix.rstrip("."): (old, new)}
-    found = {}
+    found: dict[str, tuple] = {}
     for key in sorted(old.keys() | new.keys()):
         found |= _differences(old.get(key), new.get(key), f"{prefix}{key}.")
     return found
@@ -93,5 +95,6 @@ def workdir() -> Path:
     """The folder of the run: --workdir, or a new one named after the config and the time."""
     if WORKDIR.value:
         return Path(WORKDIR.value)
-    name = Path(flags.FLAGS["config"].config_filename).stem  # the path without the :mode
+    path = next(arg for arg in sys.argv if arg.lstrip("-").startswith("config=")).partition("=")[2]
+    name = Path(path.partition(":")[0]).stem  # without the :mode
     return Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"

@@ -10,7 +10,12 @@ from ml_collections import ConfigDict
 from tapojax.algorithms import ALGORITHMS
 from tapojax.tasks import TASKS
 
-GIVEN = ("seed", "group_size", "max_tokens", "max_prompt_tokens")  # stated elsewhere in the config, passed on to whoever asks
+GIVEN = (
+    "seed",
+    "group_size",
+    "max_tokens",
+    "max_prompt_tokens",
+)  # stated elsewhere in the config, passed on to whoever asks
 
 
 def algorithm_defaults(name: str) -> ConfigDict:
@@ -42,7 +47,7 @@ def _defaults(name: str, constructor: Callable) -> ConfigDict:
     return ConfigDict({"name": name, **{p.name: p.default for p in parameters if p.default is not p.empty}})
 
 
-def build(table: Mapping[str, Callable], section: Mapping[str, Any], what: str, **given):
+def build(table: Mapping[str, Any], section: Mapping[str, Any], what: str, **given):
     """Calls the constructor that a section names with the section's keys, and with those of `given` that it takes.
 
     Raises:
@@ -65,6 +70,8 @@ def check_keys(config: Mapping[str, Any], known: Mapping[str, Any], prefix: str 
     """
     for key, value in config.items():
         if key not in known:
-            raise ValueError(f"config key {prefix}{key} is read by nothing{suggestion(key, known)}; see configs/base.py")
+            raise ValueError(
+                f"config key {prefix}{key} is read by nothing{suggestion(key, known)}; see configs/base.py"
+            )
         if isinstance(value, Mapping | ConfigDict):
             check_keys(value, known[key], f"{prefix}{key}.")

@@ -38,17 +38,20 @@ def warm_start(config, model: DecoderConfig, task: Task, mesh, params):
     Raises:
       ValueError: the task has no demonstrations.
     """
-    if task.demonstration is None:
+    demonstration = task.demonstration
+    if demonstration is None:
         raise ValueError(f"task {config.task.name!r} has no demonstrations: set sft.updates=0")
     optimizer = build.warm_start_optimizer(config.sft)
     algorithm = sft.sft()
-    score = policy.make_score(model, max_scored=config.sampling.max_tokens, max_logit_bytes=config.train.max_logit_bytes)
+    score = policy.make_score(
+        model, max_scored=config.sampling.max_tokens, max_logit_bytes=config.train.max_logit_bytes
+    )
     state = build.fresh_state(algorithm, optimizer, params, mesh)
     step_fn = jax.jit(train_step.make_train_step(score, algorithm, optimizer), donate_argnums=0)
     batches = data.batches(task.train, batch_size=config.sft.batch_size, seed=config.seed)
     rng = np.random.default_rng(config.seed)
     for update in range(config.sft.updates):
-        tokens, mask = demonstrations(next(batches), task, rng, config.sampling)
+        tokens, mask = demonstrations(next(batches), task, demonstration, rng, config.sampling)
         state, metrics = step_fn(state, sharding.shard_batch(sft.make_batch(tokens, mask), mesh))
         if (update + 1) % 50 == 0 or update + 1 == config.sft.updates:
             loss, entropy = float(metrics["loss"]), float(metrics["entropy"])
@@ -56,14 +59,14 @@ def warm_start(config, model: DecoderConfig, task: Task, mesh, params):
     return state.params
 
 
-def demonstrations(examples, task: Task, rng: np.random.Generator, budget) -> tuple[np.ndarray, np.ndarray]:
+def demonstrations(examples, task: Task, demonstration, rng: np.random.Generator, budget):
     """Rows of prompt, demonstration and end token, and the mask of the latter two. Longer ones are cut at the budget."""
     length = budget.max_prompt_tokens + budget.max_tokens
     tokens = np.full((len(examples), length), task.tokenizer.pad_token_id, np.int32)
     mask = np.zeros(tokens.shape, bool)
     for row, row_mask, example in zip(tokens, mask, examples, strict=True):
         prompt = task.prompt(example)
-        completion = [*task.tokenizer.encode(task.demonstration(example, rng)), task.tokenizer.eos_token_id]
+        completion = [*task.tokenizer.encode(demonstration(example, rng)), task.tokenizer.eos_token_id]
         completion = completion[: budget.max_tokens]
         row[: len(prompt) + len(completion)] = prompt + completion
         row_mask[len(prompt) : len(prompt) + len(completion)] = True

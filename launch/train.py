@@ -23,7 +23,7 @@ from tapojax.tasks import data
 
 def train(config, workdir: Path) -> dict:
     """Runs a config to its end in `workdir` and returns the summary."""
-    started, totals = time.perf_counter(), {}
+    started, totals = time.perf_counter(), dict[str, float]()
     run = build.setup(config)
     cli.write_config(config, workdir)
     with jax.set_mesh(run.mesh):
@@ -47,9 +47,7 @@ def train(config, workdir: Path) -> dict:
         updates = section.minibatches * section.epochs
         score_rows = jax.jit(policy.in_microbatches(run.score, section.minibatches * section.microbatches))
         make_batch = jax.jit(functools.partial(train_step.make_batch, run.algorithm, correct=run.correct))
-        step_fn = train_step.make_train_step(
-            run.score, run.algorithm, run.optimizer, microbatches=section.microbatches
-        )
+        step_fn = train_step.make_train_step(run.score, run.algorithm, run.optimizer, microbatches=section.microbatches)
         update = jax.jit(step_fn, donate_argnums=0)
         # with a single update the train step's own log-probs are the old ones: no pass of their own is needed
         needs_old = updates > 1 or run.correct or run.algorithm.signals or run.algorithm.update_carry
@@ -77,7 +75,9 @@ def train(config, workdir: Path) -> dict:
                     rollout, scores = sharding.shard_batch((part.rollout, dict(part.scores)), run.mesh)
                     old_stats = score_rows(state.params, rollout.tokens, rollout.mask) if needs_old else None
                     ref = score_rows(reference, rollout.tokens, rollout.mask).logprobs if reference else None
-                    batch = jax.block_until_ready(make_batch(rollout, scores, step, old_stats=old_stats, ref_logprobs=ref))
+                    batch = jax.block_until_ready(
+                        make_batch(rollout, scores, step, old_stats=old_stats, ref_logprobs=ref)
+                    )
                 with metrics.timed(spent, "train"):
                     history = []
                     for rows in train_step.minibatches(
@@ -89,7 +89,7 @@ def train(config, workdir: Path) -> dict:
                 if run.algorithm.update_carry is not None:
                     state = state._replace(carry=run.algorithm.update_carry(state.carry, old_stats, rollout))
 
-            write(log, config, run, step, part, batch, history, spent | part.seconds, totals)
+            write(log, config, run, step, part, batch, history, {**spent, **part.seconds}, totals)
             skipped = stop_if_diverged(skipped, history, step, section.max_nonfinite)
             evaluate(step + 1, config, run, state.params, log, totals)
             if (step + 1) % config.checkpoint.every == 0 or step + 1 == config.steps:

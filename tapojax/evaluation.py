@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from tapojax.rollout import collect
-from tapojax.types import Engine, Example, Prompts, Sampling, Task
+from tapojax.types import Engine, Examples, Prompts, Sampling, Task
 
 
 def pass_at_k(n, c, k):
@@ -31,40 +31,54 @@ def pass_at_k(n, c, k):
 
 def average_at_k(correct):
     """Mean over all samples of all problems, correct [problems, k]; NaN entries (not scored) are left out."""
-    return float(np.nanmean(correct))
+    return _mean(correct)
 
 
 def majority_at_k(answers: Sequence[Sequence[Any]], correct) -> float:
     """Share of problems whose most frequent answer is right; ties go to the answer seen first, None never wins a vote.
 
+    Samples that were not scored (NaN) have no vote; a problem without any scored sample is left out.
+
     Args:
       answers: per problem, the k extracted answers (None: no answer).
       correct: [problems, k], whether each sample was right.
     """
-    return float(np.mean([_majority_is_right(a, c) for a, c in zip(answers, correct, strict=True)]))
+    return _mean([_majority_is_right(a, c) for a, c in zip(answers, correct, strict=True)])
 
 
 def _majority_is_right(answers, correct) -> float:
-    votes = Counter(answer for answer in answers if answer is not None)
+    scored = [(answer, right) for answer, right in zip(answers, correct, strict=True) if not np.isnan(right)]
+    votes = Counter(answer for answer, _ in scored if answer is not None)
     if not votes:
-        return 0.0
-    winner = max(votes, key=votes.get)  # Counter keeps the order of first sight
-    return float(np.nan_to_num(correct[list(answers).index(winner)]))
+        return 0.0 if scored else float("nan")
+    winner, _ = votes.most_common(1)[0]  # ties in the order of first sight
+    return float(next(right for answer, right in scored if answer == winner))
+
+
+def _mean(values) -> float:
+    """Mean of what is not NaN; NaN where nothing is."""
+    values = np.asarray(values, float)
+    values = values[~np.isnan(values)]
+    return float(values.mean()) if values.size else float("nan")
 
 
 def confidence_interval(per_problem, z: float = 1.96) -> tuple[float, float]:
     """95 % interval of a mean over problems: mean ± z · std(ddof 1) / sqrt(problems), problems being the clusters.
 
-    Where all problems agree the std is 0 and says nothing; then Wilson's interval of the mean is given.
+    Where all problems agree the std is 0 and says nothing; then Wilson's interval of the mean is given. NaN are left
+    out, and nothing but NaN gives (NaN, NaN).
     """
     values = np.asarray(per_problem, float)
     values = values[~np.isnan(values)]
-    n, mean = len(values), float(values.mean()) if len(values) else float("nan")
-    if n > 1 and values.std() > 0:
+    n, mean = len(values), _mean(values)
+    if n == 0:
+        return mean, mean
+    if np.ptp(values) > 0:
         half = z * values.std(ddof=1) / np.sqrt(n)
         return max(0.0, mean - half), min(1.0, mean + half)
-    centre, half = (mean + z**2 / (2 * n)) / (1 + z**2 / n), z / (1 + z**2 / n) * np.sqrt(
-        mean * (1 - mean) / n + z**2 / (4 * n**2)
+    centre, half = (
+        (mean + z**2 / (2 * n)) / (1 + z**2 / n),
+        z / (1 + z**2 / n) * np.sqrt(mean * (1 - mean) / n + z**2 / (4 * n**2)),
     )
     return max(0.0, centre - half), min(1.0, centre + half)
 
@@ -78,14 +92,14 @@ class Estimate(NamedTuple):
 
 
 def estimate(per_problem) -> Estimate:
-    return Estimate(float(np.nanmean(per_problem)), *confidence_interval(per_problem))
+    return Estimate(_mean(per_problem), *confidence_interval(per_problem))
 
 
 def evaluate(
     engine: Engine,
     weights: Any,
     task: Task,
-    examples: Sequence[Example],
+    examples: Examples,
     sampling: Sampling,
     key: jax.Array,
     *,
@@ -97,7 +111,12 @@ def evaluate(
     Batches hold batch_prompts prompts, the last one filled up with repeats that are thrown away, so that all share
     one compiled shape. A sample that could not be scored counts in `errors` and in no rate; a problem without any
     scored sample leaves the means.
+
+    Raises:
+      ValueError: there are no examples.
     """
+    if not len(examples):
+        raise ValueError("there are no problems to evaluate on: give the task some, such as task.evaluation_path")
     records = []
     for batch, start in enumerate(range(0, len(examples), batch_prompts)):
         chosen = [examples[i] for i in range(start, min(start + batch_prompts, len(examples)))]
@@ -138,7 +157,9 @@ def summarise(records: Sequence[dict], samples: int, channels: Sequence[str]) ->
     right = np.nansum(correct > 0, axis=1)
     powers = [2**i for i in range(samples.bit_length()) if 2**i <= samples]
     passes = {
-        f"pass@{k}": estimate([pass_at_k(n, c, k) if n >= k else np.nan for n, c in zip(scored, right, strict=True)])._asdict()
+        f"pass@{k}": estimate(
+            [pass_at_k(n, c, k) if n >= k else np.nan for n, c in zip(scored, right, strict=True)]
+        )._asdict()
         for k in powers
     }
     answers = np.array([r["answer"] for r in records], dtype=object).reshape(-1, samples)
@@ -147,7 +168,7 @@ def summarise(records: Sequence[dict], samples: int, channels: Sequence[str]) ->
         **passes,
         f"avg@{samples}": average_at_k(correct),
         f"maj@{samples}": estimate(votes)._asdict(),
-        **{f"mean_{name}": float(np.nanmean(values)) for name, values in table.items() if name != "correct"},
+        **{f"mean_{name}": _mean(values) for name, values in table.items() if name != "correct"},
         "problems": len(correct),
         "samples": samples,
         "mean_length": float(np.mean([r["length"] for r in records])),

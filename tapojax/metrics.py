@@ -33,7 +33,7 @@ def open_log(workdir: Path, *, start: int, tensorboard: bool) -> Log:
 def _drop_from(path: Path, step: int):
     if not path.exists():
         return
-    kept = [line for line in path.read_text().splitlines(keepends=True) if _step_of(line) < step]
+    kept = [line + "\n" for line in path.read_text().splitlines() if _step_of(line) < step]
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(kept))
     os.replace(temporary, path)
@@ -61,7 +61,9 @@ def append(log: Log, name: str, record: Mapping):
 def _plain(value):
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, str | bool | None | list):
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if isinstance(value, str | bool | None):
         return value
     value = float(value) if not isinstance(value, int | np.integer) else int(value)
     return value if np.isfinite(value) else None
@@ -71,11 +73,14 @@ def rollout_metrics(part: Collected, group_size: int) -> dict:
     """What one rollout batch looked like; rates leave out what could not be scored."""
     correct = np.asarray(part.scores["correct"], float).reshape(-1, group_size)
     lengths = part.rollout.mask.sum(axis=1)
-    mean = {name: float(np.nanmean(values)) if not np.all(np.isnan(values)) else np.nan for name, values in part.scores.items()}
+    mean = {
+        name: float(np.nanmean(values)) if not np.all(np.isnan(values)) else np.nan
+        for name, values in part.scores.items()
+    }
     return {
         "accuracy": mean.pop("correct"),
         **{f"score_{name}": value for name, value in mean.items()},
-        "collapsed_groups": float(np.mean(np.nanmax(correct, axis=1) == np.nanmin(correct, axis=1))),
+        "collapsed_groups": float(np.mean(np.nanmax(correct, 1, initial=-np.inf) == np.nanmin(correct, 1, initial=np.inf))),
         "length_mean": float(lengths.mean()),
         "length_max": int(lengths.max()),
         "truncated": float(np.mean(part.rollout.truncated)),
@@ -135,7 +140,9 @@ PROGRESS = (
 
 def progress_line(record: Mapping, steps: int) -> str:
     """One line a person can follow while it scrolls."""
-    numbers = "  ".join(f"{label} {form.format(record[key])}" for key, label, form in PROGRESS if record.get(key) is not None)
+    numbers = "  ".join(
+        f"{label} {form.format(record[key])}" for key, label, form in PROGRESS if record.get(key) is not None
+    )
     stages = [key for key in record if key.startswith("seconds_")]
     times = " ".join(f"{key.removeprefix('seconds_')} {record[key]:.2f}" for key in stages)
     return f"step {record['step'] + 1:>{len(str(steps))}}/{steps}  {numbers}  | s: {times}"

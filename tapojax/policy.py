@@ -15,7 +15,9 @@ from tapojax.types import TokenStats
 Score = Callable[[Any, Int[Array, "B T"], Bool[Array, "B T"]], TokenStats]
 
 
-def make_score(config: DecoderConfig, *, max_scored: int, temperature: float = 1.0, max_logit_bytes: int = 2**27) -> Score:
+def make_score(
+    config: DecoderConfig, *, max_scored: int, temperature: float = 1.0, max_logit_bytes: int = 2**27
+) -> Score:
     """Log-prob and entropy of the masked tokens of each row, zeros elsewhere.
 
     The vocabulary head meets only the positions that are asked for: each row's masked tokens are gathered into

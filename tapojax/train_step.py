@@ -37,6 +37,7 @@ def make_batch(
     rollout = rollout._replace(mask=rollout.mask & ~jnp.isnan(rewards)[:, None])
     importance = None
     if correct is not None:
+        assert old_stats is not None, "correcting the mismatch takes old log-probs"
         importance = correct(old_stats.logprobs, rollout.behaviour_logprobs, rollout.mask)
         importance = jnp.where(rollout.source[:, None] > 0, 1.0, importance)
     return Batch(
@@ -73,15 +74,15 @@ def make_train_step(
 
     def objective(params, batch: Batch, weights, token_weights):
         stats = score(params, batch.tokens, batch.mask)
-        if batch.old_logprobs is None:
-            batch = batch._replace(old_logprobs=jax.lax.stop_gradient(stats.logprobs))
-        per_token, diagnostics = algorithm.loss(stats, batch)
+        given = batch.old_logprobs
+        old_logprobs = jax.lax.stop_gradient(stats.logprobs) if given is None else given
+        per_token, diagnostics = algorithm.loss(stats, batch._replace(old_logprobs=old_logprobs))
         loss = jnp.sum(weights * per_token)
         diagnostics = {
             **diagnostics,
             "entropy": stats.entropies,
-            "mismatch_kl": batch.behaviour_logprobs - batch.old_logprobs,
-            "update_kl": batch.old_logprobs - stats.logprobs,
+            "mismatch_kl": batch.behaviour_logprobs - old_logprobs,
+            "update_kl": old_logprobs - stats.logprobs,
         }
         means = {name: jnp.sum(token_weights * value) for name, value in diagnostics.items()}
         return loss, {"loss": loss, **means}

@@ -18,11 +18,11 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
-from jaxtyping import Array, ArrayLike, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 Params = Any  # a nested dict of arrays
 Example = Mapping[str, Any]  # one problem: at least id, problem, answer
-Scores = Mapping[str, Float[ArrayLike, "B"]]  # channel name -> one score a row, NaN where there is none
+Scores = Mapping[str, Float[Array, "B"]]  # channel name -> one score a row, NaN where there is none
 
 
 class Prompts(NamedTuple):
@@ -39,13 +39,13 @@ class Rollout(NamedTuple):
     (behaviour_logprobs) differ from the trainer's by its kernels, its precision and its sampling filters.
     """
 
-    tokens: Int[ArrayLike, "B T"]
-    mask: Bool[ArrayLike, "B T"]
-    behaviour_logprobs: Float[ArrayLike, "B T"]  # under the distribution really sampled from
-    base_logprobs: Float[ArrayLike, "B T"]  # of the same tokens at temperature 1, unfiltered
-    prompt_lengths: Int[ArrayLike, "B"]
-    truncated: Bool[ArrayLike, "B"]  # the budget ended before a stop token came
-    source: Int[ArrayLike, "B"]  # provenance: 0 sampled from the policy, others are an algorithm's injections
+    tokens: Int[Array, "B T"]
+    mask: Bool[Array, "B T"]
+    behaviour_logprobs: Float[Array, "B T"]  # under the distribution really sampled from
+    base_logprobs: Float[Array, "B T"]  # of the same tokens at temperature 1, unfiltered
+    prompt_lengths: Int[Array, "B"]
+    truncated: Bool[Array, "B"]  # the budget ended before a stop token came
+    source: Int[Array, "B"]  # provenance: 0 sampled from the policy, others are an algorithm's injections
 
 
 class TokenStats(NamedTuple):
@@ -58,15 +58,15 @@ class TokenStats(NamedTuple):
 class Batch(NamedTuple):
     """Rows ready for the train step; all constants of the loss."""
 
-    tokens: Int[ArrayLike, "B T"]
-    mask: Bool[ArrayLike, "B T"]
-    advantages: Float[ArrayLike, "B T"]
-    behaviour_logprobs: Float[ArrayLike, "B T"]
+    tokens: Int[Array, "B T"]
+    mask: Bool[Array, "B T"]
+    advantages: Float[Array, "B T"]
+    behaviour_logprobs: Float[Array, "B T"]
     # None where the batch serves one update only: then they are the train step's own log-probs, gradient stopped
-    old_logprobs: Float[ArrayLike, "B T"] | None
-    ref_logprobs: Float[ArrayLike, "B T"] | None  # None unless the algorithm needs a reference
-    importance: Float[ArrayLike, "B T"] | None  # truncated train/rollout weights; None where uncorrected
-    signals: Mapping[str, Float[ArrayLike, "B T"]]
+    old_logprobs: Float[Array, "B T"] | None
+    ref_logprobs: Float[Array, "B T"] | None  # None unless the algorithm needs a reference
+    importance: Float[Array, "B T"] | None  # truncated train/rollout weights; None where uncorrected
+    signals: Mapping[str, Float[Array, "B T"]]
 
 
 class TrainState(NamedTuple):
@@ -111,10 +111,10 @@ class Algorithm(NamedTuple):
     # (host) which of the P groups to keep, the others are sampled anew: (rewards, scores) -> [P]
     keep: Callable[[Any, Scores], Any] | None = None
     # named [B, T] arrays made once per rollout batch: (old_stats, rollout) -> signals
-    signals: Callable[[TokenStats, Rollout], Mapping[str, Any]] | None = None
+    signals: Callable[[Any, Rollout], Mapping[str, Any]] | None = None
     # a small pytree that lives in TrainState, and how a rollout batch changes it: (carry, old_stats, rollout) -> carry
     carry: Any = ()
-    update_carry: Callable[[Any, TokenStats, Rollout], Any] | None = None
+    update_carry: Callable[[Any, Any, Rollout], Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,18 +134,31 @@ class Sampling:
 
 
 class Engine(NamedTuple):
-    """Where completions come from. `load` hands out what `generate` takes as weights, so both are functions of values."""
+    """Where completions come from. `generate` takes as weights what `load` hands out: both are functions."""
 
     load: Callable[[Params, int], Any]  # (params, version) -> weights
     generate: Callable[..., Rollout]  # (weights, prompts, key, *, group_size, sampling, temperature, carry) -> rollout
     close: Callable[[], None] = lambda: None
 
 
+class Examples(Protocol):
+    """Random access to problems; a list is one."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
 class Tokenizer(Protocol):
     """What of a Hugging Face tokenizer is used; the gym's own has the same."""
 
-    eos_token_id: int
-    pad_token_id: int
+    @property
+    def eos_token_id(self) -> int: ...
+
+    @property
+    def pad_token_id(self) -> int: ...
+
+    def __len__(self) -> int: ...
 
     def encode(self, text: str) -> list[int]: ...
 
@@ -156,8 +169,8 @@ class Task(NamedTuple):
     """Problems, how they become prompts, and how completions are scored."""
 
     tokenizer: Tokenizer
-    train: Sequence[Example]
-    evaluation: Sequence[Example]
+    train: Examples
+    evaluation: Examples
     prompt: Callable[[Example], list[int]]  # the tokens the policy continues
     # (examples, completions as text) -> (scores by channel, error text or None by row)
     score: Callable[[Sequence[Example], Sequence[str]], tuple[Scores, Sequence[str | None]]]

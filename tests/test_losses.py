@@ -223,7 +223,7 @@ def rollout(seed=0, shape=(6, 8), spread=0.4):
     keys = jax.random.split(jax.random.key(seed), 4)
     old = -jnp.abs(jax.random.normal(keys[0], shape))
     new = old + spread * jax.random.normal(keys[1], shape)
-    position, lengths = jnp.arange(shape[1]), jax.random.randint(keys[3], (shape[0], 1), 1, shape[1])
+    position, lengths = jnp.arange(shape[1])[None, :], jax.random.randint(keys[3], (shape[0], 1), 1, shape[1])
     mask = ((position >= 1) & (position < 1 + lengths)).at[-1].set(False)
     return new, old, jax.random.normal(keys[2], shape), mask
 
@@ -252,10 +252,8 @@ def test_first_inner_step_is_the_policy_gradient(loss):
     """Where new == old: surrogates have value and gradient -A, CISPO the gradient, KL terms and metrics value 0."""
     _, old, advantages, mask = rollout()
     w = jnp.where(mask, 1.0, 0.0)
-    value, grads = (
-        loss(old, old, advantages, mask),
-        jax.grad(lambda x: jnp.sum(w * loss(x, old, advantages, mask)))(old),
-    )
+    value = loss(old, old, advantages, mask)
+    grads = jax.grad(lambda x: jnp.sum(w * loss(x, old, advantages, mask)))(old)
     name = next(k for k, v in LOSSES.items() if v is loss)
     if name in ("clipped", "dual", "gspo", "product"):
         np.testing.assert_allclose(w * value, -w * advantages, 1e-6)
@@ -441,6 +439,13 @@ def test_kl_estimators_are_never_negative_and_keep_small_differences():
     assert np.all(losses.kl_k2(new, ref) >= 0) and np.all(losses.kl_k3(new, ref) >= 0)
     small = jnp.full((1, 1), 3e-3)
     np.testing.assert_allclose(losses.kl_k3(small, jnp.zeros((1, 1))), 4.4955034e-6, 1e-3, err_msg="k3 lost its digits")
+
+
+def test_kl_k3_limits_both_signs_of_the_log_ratio():
+    new, ref = jnp.array([[30.0, -30.0]]), jnp.zeros((1, 2))
+    kl = functools.partial(losses.kl_k3, max_log_ratio=5.0, max_value=jnp.inf)
+    np.testing.assert_allclose(kl(new, ref), [[np.exp(-5) + 4, np.exp(5) - 6]], 1e-6)
+    np.testing.assert_array_equal(jax.grad(lambda x: jnp.sum(kl(x, ref)))(new), [[0, 0]])
 
 
 def test_dual_clip_must_exceed_one():

@@ -26,7 +26,9 @@ def grpo(
     def loss(stats, batch):
         ratio_inputs = stats.logprobs, batch.old_logprobs, batch.advantages
         clip = dict(clip_low=clip_low, clip_high=clip_high)
-        per_token = losses.clipped_surrogate(*ratio_inputs, **clip, dual_clip=None if math.isinf(dual_clip) else dual_clip)
+        per_token = losses.clipped_surrogate(
+            *ratio_inputs, **clip, dual_clip=None if math.isinf(dual_clip) else dual_clip
+        )
         diagnostics = {"clip_fraction": losses.clip_fraction(*ratio_inputs, **clip)}
         if kl_coef:
             kl = KL_ESTIMATORS[kl_estimator](stats.logprobs, batch.ref_logprobs)

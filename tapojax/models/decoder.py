@@ -39,7 +39,9 @@ def rotary_tables(
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def rotate(x: Float[Array, "B T N H"], cos: Float[Array, "#B T C"], sin: Float[Array, "#B T C"]) -> Float[Array, "B T N H"]:
+def rotate(
+    x: Float[Array, "B T N H"], cos: Float[Array, "#B T C"], sin: Float[Array, "#B T C"]
+) -> Float[Array, "B T N H"]:
     """Turns channel pairs (i, i + H/2), the layout of Hugging Face checkpoints."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     cos, sin = cos[..., None, :], sin[..., None, :]
@@ -144,6 +146,11 @@ def hidden_states(config: DecoderConfig, params, tokens: Int[Array, "B T"]) -> F
     return Decoder(config).apply({"params": params}, tokens)[0]
 
 
+def _apply(module: nn.Module, params, *args) -> Any:
+    """A module as a function of its own parameters."""
+    return module.apply({"params": params}, *args)
+
+
 class Cache(NamedTuple):
     """Keys and values of one layer: the prompt's, kept once per group, and the completion's, one per row."""
 
@@ -164,11 +171,12 @@ def prefill(config: DecoderConfig, params, tokens: Int[Array, "P S"], *, group_s
     x, caches = params["embedding"][tokens].astype(config.dtype), []
     cos, sin = rotary_tables(config, jnp.arange(tokens.shape[1])[None])
     room = (tokens.shape[0], group_size, config.num_kv_heads, max_tokens, config.head_dim)
+    empty = jnp.zeros(room, config.dtype)
     for layer in params["layers"]:
-        x, (k, v) = Block(config, causal_attention_with_cache).apply({"params": layer}, x, cos, sin)
+        x, (k, v) = _apply(Block(config, causal_attention_with_cache), layer, x, cos, sin)
         k, v = (rearrange(y, "p s k h -> p k s h") for y in (k, v))
-        caches.append(Cache(k, v, jnp.zeros(room, k.dtype), jnp.zeros(room, v.dtype)))
-    return rms_norm(config).apply({"params": params["final_norm"]}, x), caches
+        caches.append(Cache(k, v, empty, empty))
+    return _apply(rms_norm(config), params["final_norm"], x), caches
 
 
 def decode_step(
@@ -191,9 +199,9 @@ def decode_step(
     new_caches = []
     for layer, cache in zip(params["layers"], caches, strict=True):
         attend = functools.partial(_attend_with_cache, cache=cache, seen=seen, step=step)
-        x, cache = Block(config, attend).apply({"params": layer}, x, cos, sin)
-        new_caches.append(cache)
-    x = rms_norm(config).apply({"params": params["final_norm"]}, x)
+        x, new_cache = _apply(Block(config, attend), layer, x, cos, sin)
+        new_caches.append(new_cache)
+    x = _apply(rms_norm(config), params["final_norm"], x)
     return x.reshape(num_prompts, group_size, -1), new_caches
 
 

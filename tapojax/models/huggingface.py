@@ -83,18 +83,19 @@ def read_config(path: PathLike) -> DecoderConfig:
       ValueError: no readable config.json, or something in it that the decoder does not do, named with its value.
     """
     origin = safetensors_folder.existing(path) / "config.json"
-    raw = safetensors_folder.read_json(origin)
+    raw = {key: value for key, value in safetensors_folder.read_json(origin).items() if value is not None}
     missing = [key for key, _, default in KEYS.values() if default is ... and key not in raw]
     safetensors_folder.refuse(f"{origin} is not the config of a decoder", {"missing": missing}, "Pass another folder")
     family = raw.get("model_type")
-    dtype = raw.get("dtype") or raw.get("torch_dtype") or "float32"
+    dtype_key = "dtype" if "dtype" in raw else "torch_dtype"
+    dtype = raw.get(dtype_key, "float32")
     supported = {
         "model_type": (family in ARCHITECTURES, " or ".join(ARCHITECTURES)),
         "hidden_act": (raw.get("hidden_act", "silu") == "silu", "silu"),
         "use_sliding_window": (not raw.get("use_sliding_window"), "false"),
         "layer_types": (set(raw.get("layer_types") or ()) <= {"full_attention"}, "full_attention alone"),
-        "quantization_config": (raw.get("quantization_config") is None, "a float checkpoint"),
-        "dtype": (dtype in ("float32", "bfloat16", "float16"), "float32, bfloat16 or float16"),
+        "quantization_config": ("quantization_config" not in raw, "a float checkpoint"),
+        dtype_key: (dtype in ("float32", "bfloat16", "float16"), "float32, bfloat16 or float16"),
     }
     for key, (fine, ours) in supported.items():
         if not fine:
@@ -102,8 +103,8 @@ def read_config(path: PathLike) -> DecoderConfig:
     biased = family == "qwen2" or bool(raw.get("attention_bias"))
     return DecoderConfig(
         **{field: kind(raw.get(key, default)) for field, (key, kind, default) in KEYS.items()},
-        num_kv_heads=raw.get("num_key_value_heads") or raw["num_attention_heads"],
-        head_dim=raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"],
+        num_kv_heads=raw.get("num_key_value_heads", raw["num_attention_heads"]),
+        head_dim=raw.get("head_dim", raw["hidden_size"] // raw["num_attention_heads"]),
         **_read_rope(raw, origin),
         qkv_bias=biased,
         output_bias=biased and family != "qwen2",

@@ -1,7 +1,7 @@
 """Published shapes by name, for runs and memory estimates without a checkpoint, and two small ones for the gym.
 
-Figures are those of the base models' config.json. A checkpoint's own file wins (`huggingface.read_config`): instruct and
-later releases of the same size may differ in norm_eps or rope_theta.
+Figures are those of the base models' config.json. A checkpoint's own file wins (`huggingface.read_config`): instruct
+and later releases of the same size may differ in norm_eps or rope_theta.
 
 Sources: Qwen2.5 (arXiv 2412.15115), Qwen2.5-Math (arXiv 2409.12122), DeepSeek-R1 (arXiv 2501.12948), Qwen3
 (arXiv 2505.09388), Llama 3 (arXiv 2407.21783).

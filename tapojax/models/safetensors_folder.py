@@ -93,7 +93,9 @@ def opened(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def _open_shards(folder: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
-    placed = read_json(folder / INDEX).get("weight_map", {})
+    placed = read_json(folder / INDEX).get("weight_map")
+    if not placed:
+        raise ValueError(f"{folder / INDEX} has no weight_map: download it again")
     names = sorted(set(placed.values()))
     absent = [name for name in names if not (folder / name).is_file()]
     refuse(f"{folder / INDEX} names absent files", {"absent": absent}, "Download them again")

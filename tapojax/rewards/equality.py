@@ -9,16 +9,27 @@ import logging
 import re
 from collections.abc import Callable
 
-from tapojax.rewards import spelling
-
 BASE = re.compile(r"([-+]?\d[\dA-F]*)_\{?(\d+)\}?")
+RELATIVE_TOLERANCE = 1e-4
 PRIME = re.compile(r"(?<=[A-Za-z)])'|\\prime")
 
 
-def checker() -> Callable[[list[str]], bool]:
-    """A function of [gold, prediction], both tidy: whether they are equal. Lists are sets, tuples keep their order.
+def _relatively_close(gold, prediction) -> bool:
+    """False for numbers that pass for equal only because both are tiny: math-verify compares to 6 decimals, or 1e-15."""
+    from sympy import Eq, Expr
 
-    A prediction that is not mathematics equals nothing. Raises ValueError when the gold answer is not mathematics.
+    gold, prediction = (side.rhs if isinstance(side, Eq) else side for side in (gold, prediction))
+    if not all(isinstance(side, Expr) and side.is_number for side in (gold, prediction)):
+        return True
+    a, b = gold.evalf(), prediction.evalf()
+    return bool(a == b or a == 0 or abs(a - b) <= abs(a) * RELATIVE_TOLERANCE)
+
+
+def checker() -> Callable[[tuple[list[str], str]], bool]:
+    """A function of (golds, prediction), all tidy: whether the prediction equals one of the golds.
+
+    Lists are sets, tuples keep their order. A prediction that is not mathematics equals nothing.
+    The function raises ValueError when a gold answer is not mathematics.
     """
     import math_verify
     from latex2sympy2_extended import NormalizationConfig
@@ -32,19 +43,21 @@ def checker() -> Callable[[list[str]], bool]:
             f"${text}$", config, fallback_mode="no_fallback", extraction_mode="first_match", parsing_timeout=None
         )
 
-    def equal(gold, prediction):
-        return math_verify.verify(gold, prediction, timeout_seconds=None, raise_on_error=True)
-
-    def check(pair: list[str]) -> bool:
-        gold, prediction = pair
+    def check_one(gold: str, prediction: str) -> bool:
         if not (parsed := parse(gold)):
             raise ValueError(f"gold answer {gold!r} cannot be parsed")
         if len(PRIME.findall(gold)) != len(PRIME.findall(prediction)):
             return False
-        gold_base, base = BASE.fullmatch(gold), BASE.fullmatch(prediction)
-        if gold_base:
-            return prediction == gold_base[1] or bool(base) and base.groups() == gold_base.groups()
-        return equal(parsed, parse(prediction))
+        if gold_base := BASE.fullmatch(gold):
+            base = BASE.fullmatch(prediction)
+            return prediction == gold_base[1] or (base is not None and base.groups() == gold_base.groups())
+        predicted = parse(prediction)
+        equal = math_verify.verify(parsed, predicted, timeout_seconds=None, raise_on_error=True)
+        return equal and _relatively_close(parsed[0], predicted[0])
 
-    check([r"\frac{1}{2}", "0.5"])  # builds the parser's tables, before any deadline runs
+    def check(item: tuple[list[str], str]) -> bool:
+        golds, prediction = item
+        return any(check_one(gold, prediction) for gold in golds)
+
+    check(([r"\frac{1}{2}"], "0.5"))  # builds the parser's tables, before any deadline runs
     return check

@@ -1,29 +1,30 @@
 r"""One spelling for the many ways to write the same answer: pure string work in linear time, safe on any input.
 
-`tidy` gives LaTeX that a parser understands; `key` gives a string that is equal for answers that are spelt alike.
-What is taken for spelling and not for value:
-  * LaTeX dress: `$`, `\(`, `\left`, `\dfrac`, `\!`, `\text{}`, `\frac12`, `\sqrt2`, and the unicode signs for LaTeX's;
-  * units after a number (`\text{ cm}^2`, `apples`), currency signs, degree signs. A wrong unit is not seen, as in every
-    public grader. Single letters stay (`3m` is a product), so do `am`, `pm` and `million`, which is a power of ten;
-  * the percent sign: 10% is 10 (`equality` also knows that it is 0.1);
-  * thousands separators: `1,234`, `12{,}000`, `11,\! 111`. A comma elsewhere separates a list.
+`tidy` gives LaTeX that a parser understands, `key` a string that is equal for answers that are spelt alike.
+Taken for spelling, not for value:
+  * LaTeX dress: `$`, `\(`, `\left`, `\dfrac`, `\!`, `\text{}`, `\frac12`, `\sqrt2`, and unicode signs for LaTeX's;
+  * units behind a number (`\text{ cm}^2`, `apples`), currency and degree signs. A wrong unit is not seen, as in every
+    public grader. Single letters stay (`3m` is a product), and so does all that is not a unit (`am`, `is odd`);
+  * the percent sign: 10% is 10 (that it is 0.1 too is the business of `answers`);
+  * thousands separators: `1,234`, `12{,}000`, `11,\! 111`. Any other comma separates a list.
 """
 
 import re
 import unicodedata
 
-WORD = r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|math(?:rm|bf|it|sf|tt)|[mh]box)(?![a-zA-Z])\s*\{([^{}]*)\}"
-
 SIGNS = {
     "−": "-", "–": "-", "—": "-", "‐": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "∗": "*", "÷": r"\div ",
     "π": r"\pi ", "θ": r"\theta ", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "±": r"\pm ",
-    "≈": r"\approx ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset ", "√": r"\sqrt ", "°": r"^\circ ",
+    "≈": r"\approx ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset ", "°": r"^\circ ",
     "½": r"\frac{1}{2}", "⅓": r"\frac{1}{3}", "⅔": r"\frac{2}{3}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}",
     "²": "^{2}", "³": "^{3}", "′": "'", "’": "'", "“": '"', "”": '"', "，": ",", "；": ";", "：": ":", "。": ".",
     "（": "(", "）": ")", "［": "[", "］": "]", "｛": r"\{", "｝": r"\}", "％": "%", "＝": "=", "＋": "+", "－": "-",
+    "\u200b": "", "\u2060": "", "\ufeff": "",
 }  # fmt: skip
+TRANSLATION = str.maketrans(SIGNS)
+WORD = r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|math(?:rm|bf|it|sf|tt)|[mh]box)(?![a-zA-Z])\s*\{([^{}]*)\}"
 
-# each pattern looks at a bounded distance or consumes what it scans, so a megabyte of anything is one pass
+# in this order; none of them can look twice at an unbounded stretch
 REWRITES = [
     (re.compile(pattern), replacement)
     for pattern, replacement in [
@@ -37,51 +38,43 @@ REWRITES = [
         (r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|textstyle|limits|thinspace)(?![a-zA-Z])", ""),
         (r"\^ ?\{ ?\\circ ?\}|\^ ?\\circ(?![a-zA-Z])|\\degree(?![a-zA-Z])", " "),
         (r" ?\\?%| ?\b(?:percent(?:age)?|pct)\b", ""),
-        (r"(?<!\\)\*\*", "^"),
+        (r"\b([ap])\. ?m\b\.?", r"\1m"),
+        (r"(?<=\d) ?(?:\\text\{ ?)?\b(thousand|million|billion|trillion)\b(?: ?\})?", lambda m: POWERS[m[1]]),
+        (r"\*\*", "^"),
         (r"(?<=[\])]) ?U ?(?=[\[(])", r"\\cup "),
         (r"(?<![a-zA-Z\\])pi(?![a-zA-Z])", r"\\pi "),
         (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
         (r"\\frac ?([0-9a-zA-Z]) ?([0-9a-zA-Z])", r"\\frac{\1}{\2}"),
         (r"\\frac ?([0-9a-zA-Z]) ?\{", r"\\frac{\1}{"),
         (r"\\frac ?(\{[^{}]*\}) ?([0-9a-zA-Z])", r"\\frac\1{\2}"),
+        (r"√ ?(\d+|[a-zA-Z])", r"\\sqrt{\1}"),
+        (r"(?:√|\\sqrt) ?\(([^()]*)\)", r"\\sqrt{\1}"),
         (r"\\sqrt ?([0-9a-zA-Z])", r"\\sqrt{\1}"),
-        (r"(?<=\d) ?thousand\b", r"\\times 10^{3}"),
-        (r"(?<=\d) ?million\b", r"\\times 10^{6}"),
-        (r"(?<=\d) ?billion\b", r"\\times 10^{9}"),
-        (r"(?<=\d) ?trillion\b", r"\\times 10^{12}"),
-        (r"\b([ap])\. ?m\b\.?", r"\1m"),
+        (r"_ ?\{ ?\\(max|min) ?\}", r"_{\1}"),
     ]
 ]
-NUMBER = r"[-+]?(?:\d[\d,]*(?:\.\d*)?|\.\d+)"
-FRACTION = r"\\frac ?\{[^{}]*\} ?\{[^{}]*\}"
-TRAILING_WORD = re.compile(rf"(?<=[\w}})\]!|]) ?{WORD}(?: ?\^ ?(?:\{{\d\}}|\d))?$")
-PLAIN_UNIT = re.compile(
-    rf"((?:{NUMBER}|-?{FRACTION})(?: ?/ ?\d+)?) ?(?:(?:[cmk]?m|k?g|ft|lbs?|mph|hrs?)|(?<= )[A-Za-z]{{4}}[A-Za-z ]*)"
-    r"(?: ?\^ ?(?:\{\d\}|\d))?"
-)
-NOT_A_UNIT = re.compile(r"\b(?:a\.?m\b|p\.?m\b|and\b|or\b|sin|cos|tan|cot|log|exp|sqrt|arc|theta|alpha|beta|infin|mod\b)")
+POWERS = {
+    "thousand": r"\times 10^{3}", "million": r"\times 10^{6}", "billion": r"\times 10^{9}", "trillion": r"\times 10^{12}"
+}  # fmt: skip
+DOUBLED_COMMAND = re.compile(r"\\(?=\\[a-zA-Z])")
 HALVED_ROW_BREAK = re.compile(r"(?<!\\)\\(?=[-+.\d])")
-MIXED = re.compile(r"([-+]?\d+) (\d+) ?/ ?(\d+)|([-+]?\d+) ?(\\frac ?\{\d+\} ?\{\d+\})")
+
+NUMBER = r"[-+]?(?:\d[\d,]*(?:\.\d*)?|\.\d+)"
+FRACTION = r"-?\\frac ?\{[^{}]*\} ?\{[^{}]*\}"
+POWER = r"(?: ?\^ ?(?:\{\d\}|\d))?"
+TRAILING_WORD = re.compile(rf" ?{WORD}{POWER}$")
+ENDS_LIKE_A_NUMBER = re.compile(r"(?:[\d})!]|\\[a-zA-Z]+)$")
+PLAIN_UNIT = re.compile(
+    rf"((?:{NUMBER}|{FRACTION})(?: ?/ ?\d+)?) ?(?:cm|mm|km|kg|ft|lbs?|mph|hrs?|(?<= )[A-Za-z]{{4}}[A-Za-z ]*){POWER}"
+)
+NOT_A_UNIT = re.compile(
+    r"\b(?:[ap]m|and|or|is|are|if|for|when|where|with|than|to|at|not|over|mod|times|plus|minus|choose|half|halves|thirds?"
+    r"|quarters?|dozens?|hundreds?|factorial|squared|cubed)\b|\b(?:sin|cos|tan|cot|log|exp|sqrt|arc|theta|alpha|infin)"
+)
+
+MIXED = re.compile(r"([-+]?\d+) (\d+) ?/ ?(\d+)")
 THOUSANDS = re.compile(r"(?:^|(?<=(?<!\\)\{))[-+]?\d{1,3}(?:,\d{3})+(?:\.\d+)?(?:$|(?=\}))")
 SCIENTIFIC = re.compile(r"([-+]?\d+(?:\.\d+)?)[eE]([-+]?\d+)")
-
-
-def _ascii(text: str) -> str:
-    """Signs as LaTeX, digits of any script as 0-9, control characters and runs of white space as one space."""
-    out = (SIGNS.get(c) or (str(unicodedata.decimal(c)) if c.isdecimal() else c if c.isprintable() else " ") for c in text)
-    return " ".join("".join(out).split())
-
-
-def _drop_unit(text: str) -> str:
-    match = TRAILING_WORD.search(text)
-    if match and "\\text" not in text[: match.start()] and not NOT_A_UNIT.search(match[1]):
-        return text[: match.start()].rstrip()
-    match = PLAIN_UNIT.fullmatch(text)
-    return match[1] if match and not NOT_A_UNIT.search(text) else text
-
-
-def _strip(text: str) -> str:
-    return " ".join(text.split()).rstrip(" .,;:").lstrip(" ,;:")
 
 
 def tidy(answer: str) -> str:
@@ -89,26 +82,53 @@ def tidy(answer: str) -> str:
     text = _ascii(answer).strip("*` ")
     for pattern, replacement in REWRITES:
         text = pattern.sub(replacement, text)
-    text = re.sub(WORD, r" \1 ", _drop_unit(_strip(text)))
-    text = re.sub(r"^\{([^{}]*)\}$", r"\1", _drop_unit(_strip(text)))
-    text = re.sub(r"^\\approx(?![a-zA-Z]) ?", "", text)
     if "matrix" in text:
         text = HALVED_ROW_BREAK.sub(r"\\\\", text)
+    else:
+        text = DOUBLED_COMMAND.sub("", text)
+    text = re.sub(WORD, r" \1 ", _drop_unit(_strip(text)))
+    text = _drop_unit(_strip(re.sub(r"(?<=[{(]) | (?=[})])", "", " ".join(text.split()))))
+    text = re.sub(r"^\{([^{}]*)\}$|^\(([A-Za-z])\)$", r"\1\2", re.sub(r"^\\approx(?![a-zA-Z]) ?", "", text))
     text = THOUSANDS.sub(lambda match: match[0].replace(",", ""), text)
-    if match := SCIENTIFIC.fullmatch(text):
-        text = rf"{match[1]}\times 10^{{{match[2]}}}"
-    if match := MIXED.fullmatch(text):
-        text = rf"{match[1]}\frac{{{match[2]}}}{{{match[3]}}}" if match[1] else match[4] + match[5]
-    return re.sub(r"^\(([A-Za-z])\)$", r"\1", text)
+    text = SCIENTIFIC.sub(r"\1\\times 10^{\2}", text) if SCIENTIFIC.fullmatch(text) else text
+    return MIXED.sub(r"\1\\frac{\2}{\3}", text) if MIXED.fullmatch(text) else text
+
+
+def _ascii(text: str) -> str:
+    """Signs as LaTeX, digits of any script as 0-9, control characters and runs of white space as one space."""
+    text = text.translate(TRANSLATION)
+    if not text.isascii():
+        text = "".join(str(unicodedata.decimal(c)) if c.isdecimal() else c for c in text)
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
+def _strip(text: str) -> str:
+    return " ".join(text.split()).rstrip(" .,;:").lstrip(" ,;:")
+
+
+def _drop_unit(text: str) -> str:
+    match = TRAILING_WORD.search(text)
+    if match and not NOT_A_UNIT.search(match[1]):
+        head = text[: match.start()]
+        if ENDS_LIKE_A_NUMBER.search(head) and not re.search(WORD, head):
+            return head
+    match = PLAIN_UNIT.fullmatch(text)
+    return match[1] if match and not NOT_A_UNIT.search(text) else text
 
 
 def key(tidied: str) -> str:
-    """Equal for answers that are spelt alike. Takes what `tidy` gives; spaces count only between digits."""
-    text = re.sub(r"(?<!\d) | (?!\d)", "", tidied)
-    text = re.sub(r"(?<!\d)\.(?=\d)", "0.", text)
-    return text.casefold() if is_words(tidied) else text
+    """A string that is equal for answers spelt alike. Spaces count only between digits, case only in mathematics."""
+    text = re.sub(r"(?<!\d)\.(?=\d)", "0.", re.sub(r"(?<!\d) | (?!\d)", "", tidied))
+    return text.casefold() if is_literal(tidied) else text
 
 
-def is_words(tidied: str) -> bool:
-    """Whether the answer is words and not mathematics: a name, a direction, a sentence."""
-    return bool(re.fullmatch(r"[A-Za-z ,.'\"!?-]*", tidied)) and bool(re.search(r"[A-Za-z]{4}", tidied))
+def is_literal(tidied: str) -> bool:
+    """Whether the answer is words (a name, a direction, a sentence) or a time of day, and not mathematics."""
+    words = re.fullmatch(r"[A-Za-z ,.'\"!?-]*", tidied) and re.search(r"[A-Za-z]{4}", tidied)
+    return bool(words or re.fullmatch(r"\d{1,2}(?::\d\d){0,2} ?[ap]m|\d{1,2}:0\d(?::\d\d)?", tidied))
+
+
+def alike(gold: str, prediction: str) -> bool:
+    """Whether two tidy answers are spelt alike. One of two times of day may leave out `am` or `pm`."""
+    a, b = key(gold), key(prediction)
+    return a == b or re.sub(r"(?<=\d)[ap]m$", "", a) == b or a == re.sub(r"(?<=\d)[ap]m$", "", b)

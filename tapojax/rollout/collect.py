@@ -44,7 +44,8 @@ def collect(
         scored; max_rounds rounds did not fill the batch.
     """
     kept: list[Collected] = []
-    num_prompts, share, rounds = 0, [], 0
+    share: list[float] = []  # of each round's groups that were kept
+    num_prompts = rounds = 0
     while not kept or sum(len(part.prompts.tokens) for part in kept) < num_prompts:
         if rounds == max_rounds:
             found = sum(len(part.prompts.tokens) for part in kept)
@@ -55,15 +56,17 @@ def collect(
             )
         examples = next(batches)
         num_prompts = len(examples)
-        part = _one_round(engine, weights, examples, task, algorithm, sampling, step, jax.random.fold_in(key, rounds), carry)
+        part = _one_round(
+            engine, weights, examples, task, algorithm, sampling, step, jax.random.fold_in(key, rounds), carry
+        )
         rounds += 1
         _check_errors(part, max_error_share)
         keep = np.ones(num_prompts, bool)
         if algorithm.keep is not None:
             keep = np.asarray(algorithm.keep(algorithm.rewards(part.scores, part.rollout, step), part.scores))
         share.append(round(float(keep.mean()), 3))
-        kept.append(select(part, np.flatnonzero(keep), algorithm.group_size))
-    return select(concatenate(kept), np.arange(num_prompts), algorithm.group_size)
+        kept.append(select(part, np.flatnonzero(keep).tolist(), algorithm.group_size))
+    return select(concatenate(kept), range(num_prompts), algorithm.group_size)
 
 
 def _one_round(engine, weights, examples, task, algorithm, sampling, step, key, carry) -> Collected:
@@ -84,6 +87,7 @@ def _one_round(engine, weights, examples, task, algorithm, sampling, step, key, 
     rows = [example for example in examples for _ in range(algorithm.group_size)]
     completions = decode(task.tokenizer, rollout)
     scores, errors = task.score(rows, completions)
+    sampled_tokens = int(rollout.mask.sum())
     if missing := algorithm.needs - scores.keys():
         raise ValueError(
             f"the algorithm needs the score channels {sorted(missing)}, the task gives {sorted(scores)}: "
@@ -91,6 +95,7 @@ def _one_round(engine, weights, examples, task, algorithm, sampling, step, key, 
         )
     if algorithm.inject is not None:
         rollout, scores = algorithm.inject(rollout, scores, prompts, key)
+        completions = decode(task.tokenizer, rollout)
     return Collected(
         rollout=rollout,
         scores=scores,
@@ -98,7 +103,7 @@ def _one_round(engine, weights, examples, task, algorithm, sampling, step, key, 
         completions=completions,
         errors=[error for error in errors if error is not None],
         sampled_rows=len(rows),
-        sampled_tokens=int(rollout.mask.sum()),
+        sampled_tokens=sampled_tokens,
         seconds={"sample": sampled - started, "reward": time.perf_counter() - sampled},
     )
 
@@ -120,13 +125,13 @@ def _check_errors(part: Collected, max_error_share: float):
         )
 
 
-def select(part: Collected, groups: np.ndarray, group_size: int) -> Collected:
+def select(part: Collected, groups: Sequence[int], group_size: int) -> Collected:
     """The given groups, in that order; errors and counts of the whole are kept."""
-    rows = (groups[:, None] * group_size + np.arange(group_size)).reshape(-1)
+    rows = [group * group_size + i for group in groups for i in range(group_size)]
     return part._replace(
         rollout=jax.tree.map(lambda x: np.asarray(x)[rows], part.rollout),
         scores={name: np.asarray(values)[rows] for name, values in part.scores.items()},
-        prompts=Prompts(*([field[i] for i in groups] for field in part.prompts)),
+        prompts=Prompts([part.prompts.examples[i] for i in groups], [part.prompts.tokens[i] for i in groups]),
         completions=[part.completions[i] for i in rows],
     )
 
@@ -138,9 +143,12 @@ def concatenate(parts: Sequence[Collected]) -> Collected:
     return Collected(
         rollout=jax.tree.map(lambda *xs: np.concatenate(xs), *(part.rollout for part in parts)),
         scores={name: np.concatenate([part.scores[name] for part in parts]) for name in parts[0].scores},
-        prompts=Prompts(*(sum((list(part.prompts[i]) for part in parts), []) for i in range(len(Prompts._fields)))),
-        completions=sum((list(part.completions) for part in parts), []),
-        errors=sum((list(part.errors) for part in parts), []),
+        prompts=Prompts(
+            [example for part in parts for example in part.prompts.examples],
+            [tokens for part in parts for tokens in part.prompts.tokens],
+        ),
+        completions=[text for part in parts for text in part.completions],
+        errors=[error for part in parts for error in part.errors],
         sampled_rows=sum(part.sampled_rows for part in parts),
         sampled_tokens=sum(part.sampled_tokens for part in parts),
         seconds={stage: sum(part.seconds[stage] for part in parts) for stage in parts[0].seconds},

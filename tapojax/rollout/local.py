@@ -42,7 +42,15 @@ def local_engine(config: DecoderConfig, *, max_prompt_tokens: int, dtype: str | 
     def generate(weights, prompts: Prompts, key, *, group_size: int, sampling: Sampling, temperature=None, carry=()):
         tokens, lengths = pad_prompts(prompts, max_prompt_tokens, sampling.pad_token_id)
         rollout = sample(
-            config, weights, tokens, lengths, key, carry, group_size=group_size, sampling=sampling, temperature=temperature
+            config,
+            weights,
+            tokens,
+            lengths,
+            key,
+            carry,
+            group_size=group_size,
+            sampling=sampling,
+            temperature=temperature,
         )
         return jax.tree.map(np.asarray, rollout)
 
@@ -56,10 +64,10 @@ def pad_prompts(prompts: Prompts, max_prompt_tokens: int, pad_token_id: int) -> 
       ValueError: a prompt is empty or longer than the budget.
     """
     lengths = np.array([len(ids) for ids in prompts.tokens], np.int32)
-    for i in np.flatnonzero((lengths == 0) | (lengths > max_prompt_tokens)):
+    for i in np.flatnonzero((lengths == 0) | (lengths > max_prompt_tokens)).tolist():
         raise ValueError(
             f"prompt {prompts.examples[i]['id']!r} has {lengths[i]} tokens, allowed are 1 to {max_prompt_tokens}: "
-            "raise max_prompt_tokens, or drop such rows with data.overlong_prompts='drop'"
+            "raise max_prompt_tokens, or drop such rows with task.overlong_prompts='drop'"
         )
     tokens = np.full((len(lengths), max_prompt_tokens), pad_token_id, np.int32)
     for row, ids in zip(tokens, prompts.tokens, strict=True):

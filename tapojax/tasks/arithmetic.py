@@ -23,13 +23,15 @@ def arithmetic(
       scratchpad: share of warm-start demonstrations that work step by step; the others answer at once.
       sloppiness: share of the immediate answers that have a wrong digit.
     """
-    tokenizer = gym_tokenizer.CharTokenizer()
+    tokenizer = gym_tokenizer.TOKENIZER
     return Task(
         tokenizer=tokenizer,
-        train=gym.source(levels, size=train_size, seed=seed),
-        evaluation=gym.source(evaluation_levels, size=evaluation_size, seed=0, split="heldout"),
+        train=gym.source(levels, train_size, seed),
+        evaluation=gym.source(evaluation_levels, evaluation_size, 0, split="heldout"),
         prompt=lambda example: tokenizer.encode(example["problem"]),
         score=lambda examples, completions: (gym_checker.score(examples, completions), [None] * len(completions)),
         answer=gym_checker.extract,
-        demonstration=lambda example, rng: gym.demonstration(example, rng, scratchpad=scratchpad, sloppiness=sloppiness),
+        demonstration=lambda example, rng: gym.demonstration(
+            example, rng, scratchpad=scratchpad, sloppiness=sloppiness
+        ),
     )

@@ -2,23 +2,25 @@
 
 import gzip
 import json
-from collections.abc import Iterator, Sequence
+import zlib
 from pathlib import Path
 from typing import Any
 
 import grain
 
-from tapojax.types import Example
+from tapojax.types import Example, Examples
 
 
-def batches(examples: Sequence[Example], *, batch_size: int, seed: int) -> Iterator[list[Example]]:
+def batches(examples: Examples, *, batch_size: int, seed: int) -> grain.DatasetIterator[list[Example]]:
     """Endless batches, shuffled anew each epoch. `get_state()` / `set_state(state)` resume at the exact row.
 
     Raises:
       ValueError: fewer examples than a batch needs.
     """
     if len(examples) < batch_size:
-        raise ValueError(f"{len(examples)} examples cannot fill a batch of {batch_size}: lower prompts_per_step or add data")
+        raise ValueError(
+            f"{len(examples)} examples cannot fill a batch of {batch_size}: lower prompts_per_step or add data"
+        )
     dataset = grain.MapDataset.source(examples).seed(seed).shuffle().repeat(None, reseed_each_epoch=True)
     options = grain.ReadOptions(num_threads=0)  # rows are in memory: threads would only read ahead of the saved state
     return iter(dataset.batch(batch_size, batch_fn=list).to_iter_dataset(options))
@@ -28,15 +30,13 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
     """All rows of a .jsonl, .jsonl.gz or .parquet file.
 
     Raises:
-      ValueError: no such file, a broken line (file and line are named), another kind of file.
+      ValueError: no such file, a damaged one, a broken line (file and line are named), another kind of file.
     """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"no data file at {path}: check task.train_path and task.evaluation_path")
     if path.suffix == ".parquet":
-        import pyarrow.parquet
-
-        return pyarrow.parquet.read_table(path).to_pylist()
+        return _read_parquet(path)
     if path.suffixes[-1:] == [".jsonl"] or path.suffixes[-2:] == [".jsonl", ".gz"]:
         return _read_jsonl(path)
     raise ValueError(f"{path}: expected a .jsonl, .jsonl.gz or .parquet file")
@@ -50,16 +50,27 @@ def _read_jsonl(path: Path) -> list[dict[str, Any]]:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     rows.append(_parse(line, path, number))
-    except (EOFError, gzip.BadGzipFile, UnicodeDecodeError) as error:
+    except (EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is damaged after row {len(rows)}: {error}; fetch the file again") from error
     return rows
+
+
+def _read_parquet(path: Path) -> list[dict[str, Any]]:
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.read_table(path).to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{path} is damaged: {error}; fetch the file again") from error
 
 
 def _parse(line: str, path: Path, number: int) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {number}: not JSON ({error.msg} at column {error.colno}): {line[:80]!r}") from error
+        raise ValueError(
+            f"{path}, line {number}: not JSON ({error.msg} at column {error.colno}): {line[:80]!r}"
+        ) from error
     if not isinstance(row, dict):
         raise ValueError(f"{path}, line {number}: expected an object with the problem's fields, got {line[:80]!r}")
     return row

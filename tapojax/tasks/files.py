@@ -78,7 +78,9 @@ def _pool(workers: int) -> dict:
 
 def _solution(example: Example) -> str:
     if not example["solution"]:
-        raise ValueError(f"example {example['id']!r} has no solution to imitate: set task.solution_key, or sft.steps = 0")
+        raise ValueError(
+            f"example {example['id']!r} has no solution to imitate: set task.solution_key, or sft.steps = 0"
+        )
     return f"{example['solution']}\n\\boxed{{{example['answer']}}}"
 
 
@@ -97,7 +99,9 @@ def load_tokenizer(path: str):
     except Exception as error:  # transformers raises OSError, ValueError or worse, by what is missing
         raise ValueError(f"no tokenizer can be loaded from {path!r}: {error}") from error
     if tokenizer.eos_token_id is None:
-        raise ValueError(f"the tokenizer at {path!r} has no end-of-sequence token: add eos_token to its tokenizer_config.json")
+        raise ValueError(
+            f"the tokenizer at {path!r} has no end-of-sequence token: add eos_token to its tokenizer_config.json"
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token_id = tokenizer.eos_token_id  # harmless: masks come from the sampler, not from values
     return tokenizer
@@ -105,7 +109,9 @@ def load_tokenizer(path: str):
 
 def _example(row: dict, path: str, index: int, keys: dict[str, str], solution_key: str) -> Example:
     if missing := [key for key in keys.values() if row.get(key) in (None, "")]:
-        raise ValueError(f"{path}, row {index + 1}: no value for {missing}; it has {sorted(row)}. Set task.problem_key, task.answer_key")
+        raise ValueError(
+            f"{path}, row {index + 1}: no value for {missing}; it has {sorted(row)}. Set task.problem_key, task.answer_key"
+        )
     return {
         "id": str(row.get("id", f"{Path(path).name}/{index}")),
         "problem": row[keys["problem"]],

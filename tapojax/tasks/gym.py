@@ -105,9 +105,7 @@ def demonstration(
 
 
 def _validate(levels: Sequence[int], split: str) -> None:
-    unknown = [level for level in levels if level not in gym_levels.LEVELS]
-    if unknown or not levels:
-        raise ValueError(f"levels {list(levels)}: choose one or more of {list(gym_levels.LEVELS)}")
+    gym_levels.require(levels)
     if split not in ("train", "heldout"):
         raise ValueError(f"split {split!r}: choose 'train' or 'heldout'")
 

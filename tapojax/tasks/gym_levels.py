@@ -28,7 +28,7 @@ quick start. "brackets" and "deep brackets" have 4 and 6 operations and "chain" 
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
@@ -49,8 +49,15 @@ class Level:
 
 def lengths(level: int) -> tuple[int, int]:
     """The most tokens a problem and a worked solution of `level` can have, end of sequence not counted."""
+    require([level])
     longest = LEVELS[level]
     return len(longest.longest_problem), len(gym_solutions.solve(longest.longest_solution).text)
+
+
+def require(levels: Sequence[int]) -> None:
+    """Raises ValueError naming what is no level of the ladder."""
+    if not levels or any(level not in LEVELS for level in levels):
+        raise ValueError(f"levels {list(levels)}: choose one or more of {list(LEVELS)}")
 
 
 def _operand(rng: np.random.Generator, digits: int) -> int:
@@ -98,7 +105,9 @@ def _grow(rng: np.random.Generator, operations: int, brackets: bool) -> tuple[st
         left, a, left_binding = _grow(rng, left_operations, brackets)
         right, b, right_binding = _grow(rng, operations - 1 - left_operations, brackets)
         values = {operator: gym_solutions.apply(operator, a, b) for operator in "+-*"}
-        allowed = [operator for operator in "+-*" if values[operator] > 0 and gym_solutions.mental(operator, a, b)]
+        allowed = [
+            operator for operator in "+-*" if values[operator] > 0 and gym_solutions.mental(a, b, values[operator])
+        ]
         if not allowed:
             continue
         operator = allowed[int(rng.integers(len(allowed)))]

@@ -50,9 +50,9 @@ def solve(problem: str) -> Solution:
         raise ValueError(f"{problem!r} is not a problem of the gym: {error}") from error
 
 
-def mental(operator: str, a: int, b: int) -> bool:
-    """Whether `a operator b` is one step of an expression: one operand below 10 and the result in [0, 100)."""
-    return min(a, b) < 10 and 0 <= apply(operator, a, b) < 100
+def mental(a: int, b: int, value: int) -> bool:
+    """Whether an operation on a and b with result `value` is one step: an operand below 10, the result in [0, 100)."""
+    return min(a, b) < 10 and 0 <= value < 100
 
 
 def apply(operator: str, a: int, b: int) -> int:
@@ -73,7 +73,7 @@ def _derive(node: ast.expr, *, root: bool) -> tuple[int, tuple[str, ...]]:
     if value < 0:
         raise ValueError(f"{a}{operator}{b} is negative")
     statement = (f"{a}{operator}{b}={value}",)
-    if mental(operator, a, b) and (left or right or not root):
+    if mental(a, b, value) and (left or right or not root):
         return value, left + right + statement
     return value, left + right + _written(operator, a, b) + (() if root else statement)
 

@@ -170,7 +170,9 @@ def single_update_needs_no_old_pass(algorithm: Algorithm):
     old = SCORE(PARAMS, jnp.asarray(rows.tokens), jnp.asarray(rows.mask)).logprobs
     batch = batch_of(algorithm, rows, scores(), off_policy=False)
     assert batch.old_logprobs is None
-    assert_same(gradient(algorithm, batch._replace(old_logprobs=old)), gradient(algorithm, batch), "an explicit old pass")
+    assert_same(
+        gradient(algorithm, batch._replace(old_logprobs=old)), gradient(algorithm, batch), "an explicit old pass"
+    )
 
 
 ALL = (

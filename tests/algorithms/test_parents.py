@@ -12,7 +12,8 @@ from tests.algorithms import checks
 
 def assert_identical(child, parent):
     batches = [checks.batch_of(a, checks.rollout(), checks.scores()) for a in (child, parent)]
-    for a, b in zip(*(jax.tree.leaves(checks.gradient(x, y)) for x, y in zip((child, parent), batches)), strict=True):
+    got, want = (jax.tree.leaves(checks.gradient(*pair)) for pair in zip((child, parent), batches, strict=True))
+    for a, b in zip(got, want, strict=True):
         np.testing.assert_array_equal(a, b)
 
 

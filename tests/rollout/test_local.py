@@ -36,7 +36,9 @@ def test_sampler_and_score_agree_on_ragged_prompts(stop):
 
 def test_rows_are_prompt_completion_padding():
     rollout = generate(Sampling(9, stop_token_ids=(1, 2, 3), pad_token_id=39))
-    for row, (tokens, mask, length) in enumerate(zip(rollout.tokens, rollout.mask, rollout.prompt_lengths, strict=True)):
+    for row, (tokens, mask, length) in enumerate(
+        zip(rollout.tokens, rollout.mask, rollout.prompt_lengths, strict=True)
+    ):
         prompt = RAGGED.tokens[row // 3]
         assert tokens[: len(prompt)].tolist() == prompt and length == len(prompt)
         end = len(prompt) + mask.sum()
@@ -55,7 +57,9 @@ def test_greedy_is_the_argmax_of_teacher_forcing():
     np.testing.assert_array_equal(rollout.tokens[0::2], rollout.tokens[1::2])
 
 
-@pytest.mark.parametrize("kwargs", [{"temperature": 0.6}, {"top_k": 5}, {"top_p": 0.7}, {"temperature": 1.3, "top_k": 9, "top_p": 0.9}])
+@pytest.mark.parametrize(
+    "kwargs", [{"temperature": 0.6}, {"top_k": 5}, {"top_p": 0.7}, {"temperature": 1.3, "top_k": 9, "top_p": 0.9}]
+)
 def test_behaviour_logprobs_are_those_of_the_sampling_distribution(kwargs):
     sampling = Sampling(9, **kwargs)
     rollout = generate(sampling)

@@ -166,7 +166,8 @@ def test_source_feeds_grain():
         (lambda: gym.source([2], 0, 0), "size=0"),
         (lambda: gym.source([2], 1, -1), "seed=-1"),
         (lambda: gym.source([2], 1, 0, split="test"), "'test'"),
-        (lambda: gym.problem(0, 0, 0), "0"),
+        (lambda: gym.problem(0, 0, 0), "levels .0."),
+        (lambda: gym_levels.lengths(99), "99"),
     ],
 )
 def test_mistakes_are_named(call, names):

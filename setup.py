@@ -1,0 +1,55 @@
+"""Packaging of tapojax. Commands are run from a clone as `python -m launch.<name>`, so there are no console scripts."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+REQUIRES = [
+    "jax>=0.10,<0.13",
+    "flax>=0.12,<0.13",
+    "optax>=0.2.8,<0.3",
+    "orbax-checkpoint>=0.12,<0.13",
+    "grain>=0.2.18,<0.3",
+    "transformers>=5,<6",
+    "safetensors>=0.8,<1",
+    "jinja2>=3.1,<4",  # chat templates; transformers does not ask for it
+    "math-verify>=0.9,<0.10",
+    "ml-collections>=1.1,<2",
+    "absl-py>=2.4,<3",
+    "einops>=0.8,<0.9",
+    "jaxtyping>=0.3.11,<0.4",
+    "numpy>=2",
+    "pyarrow>=20",
+    "matplotlib>=3.10,<4",
+    "tensorboardX>=2.6.5,<3",
+]
+EXTRAS = {
+    "cuda": ["jax[cuda13]>=0.10,<0.13"],
+    "tpu": ["jax[tpu]>=0.10,<0.13"],
+    "vllm": ["vllm>=0.32,<0.33"],  # for the rollout server's own environment; brings torch and CUDA
+    "notebooks": ["jupyterlab>=4", "nbmake>=1.5.5"],
+    "parity": ["torch==2.13.0"],  # comparisons with transformers; a CPU build is enough
+    "dev": [
+        "beartype>=0.22",
+        "hypothesis>=6.150",
+        "mypy>=1.19,<3",
+        "pytest>=9",
+        "pytest-cov>=7",
+        "pytest-timeout>=2.4",
+        "ruff>=0.15,<0.18",
+    ],
+}
+
+setup(
+    name="tapojax",
+    version="0.1.0",
+    description="RL post-training of reasoning language models as pure JAX functions",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11,<3.13",
+    packages=find_packages(include=["tapojax", "tapojax.*"]),
+    package_data={"tapojax": ["py.typed", "**/*.proto", "**/*.md", "**/*.txt"]},
+    install_requires=REQUIRES,
+    extras_require=EXTRAS,
+)

@@ -1,0 +1,132 @@
+r"""The verifier of final answers: finds the answer in a completion and compares it with the gold answer.
+
+Right, wrong and "no verdict" are kept apart. A completion that gives no answer is wrong, and so is an answer that is not
+mathematics or is as long as a text. A comparison that hangs, crashes or runs out of memory has no verdict but an error,
+and so has a gold answer that cannot be read: such a row gets no score, never a zero.
+
+The comparison goes from cheap and safe to dear and dangerous: the same spelling (`spelling`), exact rational numbers,
+then math-verify in a worker process under a deadline (`equality`, `pool`).
+"""
+
+import fractions
+import itertools
+import os
+import re
+import threading
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from tapojax.rewards import pool, spans, spelling
+
+CHECKER = "tapojax.rewards.equality:checker"
+MAX_LENGTH = 1000  # characters
+MAX_DEPTH = 30  # brackets within brackets
+MAX_WORDS = 3  # a gold answer of more words is a sentence, and has more than one right wording
+INTEGER = re.compile(r"[-+]?\d+")
+RATIO = re.compile(r"([-+]?)(?:(\d+) ?/ ?(\d+)|\\frac ?\{([-+]?\d+)\} ?\{(\d+)\})")
+
+_shared: dict[int, pool.Pool] = {}  # by process id: a forked child makes its own
+_shared_lock = threading.Lock()
+
+
+class Grade(NamedTuple):
+    """The verdict on one completion: `correct` is None exactly where `error` says why there is none."""
+
+    correct: bool | None
+    error: str | None
+
+
+def extract(text: str) -> str | None:
+    """The final answer of a completion, or None when it gives none; `spans.find` says where it is looked for."""
+    if (span := spans.find(text)) is None:
+        return None
+    answer = re.sub(r"<<[^<>]*>>", "", text[slice(*span)]).strip()
+    behind_hashes = text[max(0, span[0] - 100) : span[0]].rstrip().endswith("####")
+    return re.sub(r"[$€£,]", "", answer) if behind_hashes else answer
+
+
+def grade(
+    completions: Sequence[str], answers: Sequence[str], *, deadline_s: float = 5.0, workers: pool.Pool | None = None
+) -> list[Grade]:
+    r"""Grades each completion against the gold answer at its place.
+
+    A gold answer is a string such as `1,234`, `\frac{1}{2}` or `336^\circ`, or a solution with a `\boxed{}` or `####`.
+    `deadline_s` bounds one comparison, from the moment a worker begins it; equal pairs are compared once.
+    `workers` is a pool over `CHECKER`; by default the program shares one, started when first needed.
+
+    Raises:
+      ValueError: the lists differ in length, or hold something that is not a string.
+      RuntimeError: no worker process can be started.
+    """
+    if len(completions) != len(answers):
+        raise ValueError(
+            f"{len(completions)} completions but {len(answers)} gold answers; give one gold answer for each"
+        )
+    for index, text in enumerate(itertools.chain(completions, answers)):
+        if not isinstance(text, str):
+            name = f"completion {index}" if index < len(answers) else f"gold answer {index - len(answers)}"
+            raise ValueError(f"{name} is {text!r:.80}, a {type(text).__name__}; convert it to a string first")
+    pairs = [(extract(completion), answer) for completion, answer in zip(completions, answers, strict=True)]
+    grades = {pair: _grade_by_spelling(*pair) for pair in dict.fromkeys(pairs)}
+    if unknown := [pair for pair, known in grades.items() if known is None]:
+        items = [(_golds(*pair), spelling.tidy(pair[0])) for pair in unknown]
+        outcomes = (workers or shared_pool()).run(items, deadline_s=deadline_s)
+        grades |= {pair: Grade(*outcome) for pair, outcome in zip(unknown, outcomes, strict=True)}
+    return [grades[pair] for pair in pairs]
+
+
+def shared_pool() -> pool.Pool:
+    """The program's pool of answer checkers: up to four workers, one core left to the program."""
+    with _shared_lock:
+        if os.getpid() not in _shared:
+            workers = max(1, min(4, (os.cpu_count() or 2) - 1))
+            _shared[os.getpid()] = pool.Pool(CHECKER, workers=workers, memory_mb=2048)
+        return _shared[os.getpid()]
+
+
+def _grade_by_spelling(prediction: str | None, gold: str) -> Grade | None:
+    """The verdict, if it can be had without mathematics."""
+    if prediction is None or not _plausible(prediction):
+        return Grade(False, None)
+    gold_answer = _gold_answer(gold)
+    if not _plausible(gold_answer):
+        return Grade(
+            None, f"gold answer {gold_answer[:50]!r}... is too long or too deep ({len(gold_answer)} characters)"
+        )
+    golds, tidied = _golds(prediction, gold), spelling.tidy(prediction)
+    if not golds[0]:
+        return Grade(None, f"gold answer {gold!r} is empty")
+    if spelling.alike(golds[0], tidied):
+        return Grade(True, None)
+    if spelling.is_literal(golds[0]):
+        if len(golds[0].split()) > MAX_WORDS:
+            return Grade(None, f"gold answer {gold!r} is a sentence: other words may mean the same")
+        return Grade(False, None)
+    value, gold_values = _rational(tidied), [_rational(text) for text in golds]
+    return None if value is None or None in gold_values else Grade(value in gold_values, None)
+
+
+def _gold_answer(gold: str) -> str:
+    return extract(gold) or gold if "boxed" in gold or "####" in gold else gold
+
+
+def _golds(prediction: str, gold: str) -> list[str]:
+    """The tidy gold answers: 10% is 10, and 0.1 too if the prediction bears no percent sign."""
+    gold_answer = _gold_answer(gold)
+    tidied = spelling.tidy(gold_answer)
+    return [tidied, rf"\frac{{{tidied}}}{{100}}"] if "%" in gold_answer and "%" not in prediction else [tidied]
+
+
+def _plausible(answer: str) -> bool:
+    depths = itertools.accumulate((c in "([{") - (c in ")]}") for c in answer[:MAX_LENGTH])
+    return len(answer) <= MAX_LENGTH and max(depths, default=0) <= MAX_DEPTH
+
+
+def _rational(tidied: str) -> fractions.Fraction | None:
+    """The value of an integer or a ratio of integers, None for anything else."""
+    if INTEGER.fullmatch(tidied):
+        return fractions.Fraction(int(tidied))
+    if not (match := RATIO.fullmatch(tidied)):
+        return None
+    sign, numerator, denominator = match[1] or "+", int(match[2] or match[4]), int(match[3] or match[5])
+    return fractions.Fraction(int(f"{sign}1") * numerator, denominator) if denominator else None

@@ -1,0 +1,265 @@
+"""The estimators agree with enumeration, the intervals cover, and a sample without a score counts in no rate."""
+
+import itertools
+
+import jax
+import numpy as np
+import pytest
+
+from tapojax import evaluation
+from tapojax.types import Engine, Rollout, Sampling, Task
+
+NAN = float("nan")
+
+
+# ---- pass@k
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 7])
+def test_pass_at_k_is_the_share_of_subsets_that_hold_a_right_sample(n):
+    for c in range(n + 1):
+        samples = [1] * c + [0] * (n - c)
+        for k in range(1, n + 1):
+            share = np.mean([max(subset) for subset in itertools.combinations(samples, k)])
+            np.testing.assert_allclose(evaluation.pass_at_k(n, c, k), share, atol=1e-12, err_msg=f"{n=} {c=} {k=}")
+
+
+def test_pass_at_k_edges():
+    assert evaluation.pass_at_k(8, 0, 3) == 0, "nothing right"
+    assert evaluation.pass_at_k(8, 8, 1) == 1, "all right"
+    assert evaluation.pass_at_k(8, 1, 8) == 1 and evaluation.pass_at_k(8, 0, 8) == 0, "k = n takes all samples"
+    np.testing.assert_allclose(evaluation.pass_at_k(200, 7, 1), 7 / 200, rtol=1e-12)
+    assert 0.999 < evaluation.pass_at_k(100_000, 100, 10_000) < 1, "factorials would overflow"
+
+
+def test_pass_at_k_broadcasts():
+    got = evaluation.pass_at_k(np.array([[4], [6]]), np.array([0, 1, 3]), 2)
+    want = [[evaluation.pass_at_k(n, c, 2) for c in (0, 1, 3)] for n in (4, 6)]
+    np.testing.assert_allclose(got, want)
+    np.testing.assert_allclose(evaluation.pass_at_k(4, 2, np.array([1, 2, 4])), [0.5, 1 - 1 / 6, 1])
+
+
+@pytest.mark.parametrize("n, c, k", [(4, 2, 0), (4, 2, 5), (4, 5, 1), (4, -1, 1), (4, [1, 9], 2)])
+def test_pass_at_k_refuses_impossible_counts(n, c, k):
+    with pytest.raises(ValueError, match="1 <= k <= n and 0 <= c <= n"):
+        evaluation.pass_at_k(n, c, k)
+
+
+# ---- avg@k, maj@k
+
+
+def test_average_at_k_leaves_out_what_was_not_scored():
+    assert evaluation.average_at_k([[1, 0], [1, 1]]) == 0.75
+    assert evaluation.average_at_k([[1, NAN], [0, 1]]) == pytest.approx(2 / 3)
+    assert np.isnan(evaluation.average_at_k([[NAN, NAN]]))
+
+
+@pytest.mark.parametrize(
+    "answers, correct, want, why",
+    [
+        (["4", "5", "5"], [0, 1, 1], 1, "the most frequent answer wins"),
+        (["4", "5", "5", "4"], [1, 0, 0, 1], 1, "a tie goes to the answer seen first"),
+        (["5", "4", "5", "4"], [0, 1, 0, 1], 0, "a tie goes to the answer seen first"),
+        ([None, None, None, "7"], [0, 0, 0, 1], 1, "None never wins a vote"),
+        ([None, None], [0, 0], 0, "nobody answered"),
+        (["5", "5", "4"], [NAN, NAN, 1], 1, "unscored samples have no vote"),
+        (["5", "5", "4"], [NAN, 1, 0], 1, "the winner's verdict comes from a sample that has one"),
+        ([None, "4"], [0, NAN], 0, "no answer among the scored samples"),
+        (["4", "5"], [NAN, NAN], NAN, "nothing was scored"),
+    ],
+)
+def test_majority_at_k(answers, correct, want, why):
+    np.testing.assert_equal(evaluation.majority_at_k([answers], [correct]), float(want), err_msg=why)
+
+
+def test_majority_at_k_is_a_share_of_scored_problems():
+    answers = [["1", "1"], ["2", "3"], ["4", "4"], ["5", "5"]]
+    correct = [[1, 1], [1, 0], [0, 0], [NAN, NAN]]
+    assert evaluation.majority_at_k(answers, correct) == pytest.approx(2 / 3)
+
+
+# ---- confidence intervals
+
+
+@pytest.mark.parametrize("problems, draw", [(30, "binary"), (200, "binary"), (60, "rates")])
+def test_intervals_cover_the_truth(problems, draw):
+    """2,000 simulated evaluations; the 95 % interval holds the true mean in 92 to 98 % of them."""
+    rng, truth = np.random.default_rng(0), 0.4
+    rates = rng.beta(0.8, 1.2, (2000, problems))  # problems differ in difficulty; the mean of the beta is 0.4
+    values = rng.random((2000, problems)) < truth if draw == "binary" else rng.binomial(8, rates) / 8
+    intervals = np.array([evaluation.confidence_interval(v) for v in values])
+    coverage = np.mean((intervals[:, 0] <= truth) & (truth <= intervals[:, 1]))
+    assert 0.92 < coverage < 0.98, f"coverage {coverage:.3f}"
+
+
+def test_interval_by_hand():
+    low, high = evaluation.confidence_interval([0.0, 0.5, 1.0, 0.5])
+    half = 1.96 * np.sqrt((0.25 + 0.25) / 3) / 2
+    np.testing.assert_allclose([low, high], [0.5 - half, 0.5 + half])
+    assert evaluation.confidence_interval([0.0, 0.5, NAN, 1.0, 0.5]) == (low, high), "NaN problems are left out"
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, 1 / 3, 1.0])
+def test_problems_that_agree_still_leave_doubt(value):
+    """Wilson's interval; also where rounding makes the std of equal numbers a little more than 0."""
+    low, high = evaluation.confidence_interval([value] * 10)
+    assert 0 <= low <= value <= high <= 1 and high - low > 0.2
+    wide, narrow = (np.ptp(evaluation.confidence_interval([value] * n)) for n in (10, 1000))
+    assert narrow < wide / 5, "more problems, less doubt"
+
+
+def test_wilson_by_hand():
+    """10 of 10: the lower limit is n / (n + z²)."""
+    np.testing.assert_allclose(evaluation.confidence_interval([1.0] * 10), [10 / (10 + 1.96**2), 1.0])
+
+
+def test_one_problem_and_none():
+    low, high = evaluation.confidence_interval([1.0])
+    assert 0 < low < 0.5 and high == 1
+    assert np.isnan(evaluation.confidence_interval([NAN, NAN])).all()
+    assert np.isnan(evaluation.estimate([NAN])).all()
+
+
+# ---- evaluate
+
+
+class Letters:
+    """Token 65 is "A"; token 0 ends a completion."""
+
+    eos_token_id = pad_token_id = 0
+
+    def __len__(self):
+        return 128
+
+    def encode(self, text):
+        return [ord(letter) for letter in text]
+
+    def decode(self, token_ids, skip_special_tokens=True):
+        return "".join(chr(t) for t in token_ids if t)
+
+
+def fake_engine(calls):
+    """Completes prompt "q<number>" with the letters A, B, C, ... by place in the group; C is cut off."""
+
+    def generate(weights, prompts, key, *, group_size, sampling, temperature=None, carry=()):
+        calls.append((weights, prompts, jax.random.key_data(key).tolist(), group_size, sampling))
+        rows = len(prompts.tokens) * group_size
+        letters = np.tile(np.arange(65, 65 + group_size), len(prompts.tokens))
+        tokens = np.zeros((rows, 4), np.int32)
+        tokens[:, 0], tokens[:, 1] = 113, letters
+        mask = np.tile([False, True, True, False], (rows, 1))
+        mask[letters == 67, 2] = False
+        zeros = np.zeros((rows, 4), np.float32)
+        return Rollout(tokens, mask, zeros, zeros, np.ones(rows, np.int32), letters == 67, np.zeros(rows, np.int32))
+
+    return Engine(load=lambda params, version: params, generate=generate)
+
+
+def fake_task(verdict):
+    def score(examples, completions):
+        correct = np.array([verdict(e, c) for e, c in zip(examples, completions, strict=True)], np.float32)
+        errors = ["judge down" if np.isnan(v) else None for v in correct]
+        return {"correct": correct, "style": np.arange(len(correct), dtype=np.float32)}, errors
+
+    return Task(
+        tokenizer=Letters(),
+        train=[],
+        evaluation=[],
+        prompt=lambda example: [113],
+        score=score,
+        answer=lambda completion: None if completion == "D" else completion,
+    )
+
+
+def problems(count):
+    return [{"id": f"p{i}", "problem": "q", "answer": "A"} for i in range(count)]
+
+
+def run(verdict, count, *, samples=2, batch_prompts=3, calls=None):
+    return evaluation.evaluate(
+        fake_engine([] if calls is None else calls),
+        "weights",
+        fake_task(verdict),
+        problems(count),
+        Sampling(2),
+        jax.random.key(0),
+        samples=samples,
+        batch_prompts=batch_prompts,
+    )
+
+
+def is_answer(example, completion):
+    return float(completion == example["answer"])
+
+
+def test_the_last_batch_is_filled_up_and_thrown_away():
+    calls = []
+    results, records = run(is_answer, 7, calls=calls)
+    assert [len(prompts.tokens) for _, prompts, *_ in calls] == [3, 3, 3], "all batches share one shape"
+    assert [example["id"] for example in calls[-1][1].examples] == ["p6", "p6", "p6"]
+    assert [record["id"] for record in records] == [f"p{i}" for i in range(7) for _ in range(2)]
+    assert results["problems"] == 7 and results["samples"] == 2
+    assert len({tuple(key) for _, _, key, *_ in calls}) == 3, "each batch has its own key"
+    assert {weights for weights, *_ in calls} == {"weights"}
+
+
+def test_one_record_a_sample():
+    _, records = run(is_answer, 2, samples=3)
+    assert records[2] == {
+        "id": "p0",
+        "completion": "C",
+        "answer": "C",
+        "length": 1,
+        "truncated": True,
+        "error": None,
+        "correct": 0.0,
+        "style": 2.0,
+    }
+    assert [r["completion"] for r in records] == list("ABCABC")
+
+
+def test_rates_of_a_scored_evaluation():
+    """One of four samples is right in every problem, and D gives no answer."""
+    results, _ = run(is_answer, 5, samples=4)
+    assert results["pass@1"]["mean"] == 0.25 and results["pass@4"]["mean"] == 1.0
+    assert results["pass@2"]["mean"] == pytest.approx(evaluation.pass_at_k(4, 1, 2))
+    assert results["avg@4"] == 0.25
+    assert results["maj@4"]["mean"] == 1.0, "A, B and C tie, A was first"
+    assert results["errors"] == 0 and results["truncated"] == 0.25
+    assert results["mean_length"] == pytest.approx(1.75)
+    assert results["mean_style"] == pytest.approx(np.mean([0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 0, 1, 2, 3, 4, 5, 6, 7]))
+    assert {"pass@1", "pass@2", "pass@4", "avg@4", "maj@4"} <= results.keys() and "mean_correct" not in results
+
+
+def test_errors_count_in_no_rate():
+    """p0: one of two samples unscored; p1: both; p2: none."""
+
+    def verdict(example, completion):
+        failed = example["id"] == "p1" or (example["id"] == "p0" and completion == "B")
+        return NAN if failed else is_answer(example, completion)
+
+    results, records = run(verdict, 3)
+    assert results["errors"] == 3 and [r["error"] for r in records].count("judge down") == 3
+    assert results["pass@1"]["mean"] == pytest.approx(0.75), "p0 is 1 of 1, p2 is 1 of 2, p1 is left out"
+    assert results["pass@2"]["mean"] == 1.0, "only p2 has two scored samples"
+    assert results["avg@2"] == pytest.approx(2 / 3)
+    assert results["maj@2"]["mean"] == 1.0
+    assert results["problems"] == 3
+
+
+def test_an_evaluation_that_scored_nothing_says_so():
+    results, _ = run(lambda example, completion: NAN, 2)
+    assert results["errors"] == 4
+    for name in ("pass@1", "pass@2", "maj@2"):
+        assert np.isnan(results[name]["mean"]), f"{name} of nothing"
+
+
+def test_samples_that_are_no_power_of_two():
+    results, _ = run(is_answer, 2, samples=3)
+    assert [name for name in results if name.startswith("pass@")] == ["pass@1", "pass@2"]
+    assert "avg@3" in results and "maj@3" in results
+
+
+def test_no_problems_is_an_error():
+    with pytest.raises(ValueError, match="no problems to evaluate on"):
+        run(is_answer, 0)
