@@ -108,7 +108,7 @@ def _text_digest(record: dict) -> int:
 def _named_digests(state) -> dict[str, list]:
     """By path of the leaf: its dtype and its digest."""
     leaves = jax.tree_util.tree_leaves_with_path(state)
-    digests = jax.device_get(_digests([leaf for _, leaf in leaves]))
+    digests = jax.device_get([_digest(leaf) for _, leaf in leaves])
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): [str(leaf.dtype), int(digest)]
         for (path, leaf), digest in zip(leaves, digests, strict=True)
@@ -116,12 +116,8 @@ def _named_digests(state) -> dict[str, list]:
 
 
 @jax.jit
-def _digests(leaves: list) -> list:
-    """Σ_i word_i (2i + 1) mod 2^32 of each leaf: any one changed byte shows, and no sharded leaf is gathered for it."""
-    return [_digest(leaf) for leaf in leaves]
-
-
 def _digest(leaf):
+    """Σ_i word_i (2i + 1) mod 2^32: any one changed word shows, and no sharded leaf is gathered for it."""
     width = 4 if leaf.dtype.itemsize == 8 else leaf.dtype.itemsize  # 8 bytes become two words
     leaf = leaf.astype(jnp.uint8) if leaf.dtype == bool else leaf
     words = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{8 * width}")).astype(jnp.uint32)

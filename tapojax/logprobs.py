@@ -8,6 +8,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int
 
 
@@ -36,6 +37,9 @@ def token_logprobs_and_entropy(
     return logprobs[:positions].reshape(targets.shape), entropies[:positions].reshape(targets.shape)
 
 
+_TINY = 1e-30  # its logarithm stands in for log 0, where p log p is 0
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _flat(x, head, y, temperature, chunk):
     return _forward(x, head, y, temperature, chunk)[0]
@@ -51,31 +55,45 @@ def _forward(x, head, y, temperature, chunk):
         normaliser = jax.nn.logsumexp(z, axis=-1)
         p = jnp.exp(z - normaliser[:, None])
         logprobs = jnp.take_along_axis(z, y[:, None], axis=-1)[:, 0] - normaliser
-        return logprobs, normaliser - jnp.sum(p * z, axis=-1), normaliser
+        return logprobs, normaliser - jnp.sum(p * z, axis=-1), normaliser, p
 
-    logprobs, entropies, normalisers = _map_chunks(one_chunk, chunk, x, y)
-    return (logprobs, entropies), (x, head, y, normalisers, entropies)
+    if chunk == x.shape[0]:  # within the budget: keep p for the backward pass
+        logprobs, entropies, normalisers, p = one_chunk(x, y)
+        return (logprobs, entropies), (x, head, y, normalisers, entropies, p)
+    out = jax.lax.map(lambda part: one_chunk(*part)[:3], (_split(x, chunk), _split(y, chunk)))
+    logprobs, entropies, normalisers = (values.reshape(-1) for values in out)
+    return (logprobs, entropies), (x, head, y, normalisers, entropies, None)
+
+
+def _forward_of_primals(x, head, y, temperature, chunk):
+    return _forward(x.value, head.value, y.value, temperature, chunk)
 
 
 def _backward(temperature, chunk, residuals, upstream):
-    x, head, y, normalisers, entropies = residuals
+    x, head, y, normalisers, entropies, p = residuals
+    a, b = upstream
+    if entropy_is_constant := isinstance(b, SymbolicZero):
+        b = jnp.zeros_like(entropies)
+    if isinstance(a, SymbolicZero):
+        a = jnp.zeros_like(entropies)
 
-    def one_chunk(d_head, xs):
-        x, y, normaliser, entropy, a, b = xs
-        log_p = _logits(x, head, temperature) - normaliser[:, None]
-        p = jnp.exp(log_p)
-        dz = -a[:, None] * p - b[:, None] * p * (log_p + entropy[:, None])
-        dz = dz.at[jnp.arange(y.size), y].add(a) / temperature
-        dz = dz.astype(x.dtype)
+    def one_chunk(d_head, part):
+        x, y, normaliser, entropy, a, b, p = part
+        if p is None:
+            p = jnp.exp(_logits(x, head, temperature) - normaliser[:, None])
+        slope = a[:, None]
+        if not entropy_is_constant:  # spares a logarithm of every probability
+            slope = slope + b[:, None] * (jnp.log(jnp.maximum(p, _TINY)) + entropy[:, None])
+        dz = -p * slope
+        dz = (dz.at[jnp.arange(y.size), y].add(a) / temperature).astype(x.dtype)
         d_head = d_head + jnp.matmul(x.T, dz, preferred_element_type=jnp.float32)
         return d_head, jnp.matmul(dz, head.T.astype(x.dtype), preferred_element_type=jnp.float32).astype(x.dtype)
 
-    inputs = (x, y, normalisers, entropies, *upstream)
-    d_head = jnp.zeros(head.shape, jnp.float32)
+    parts, d_head = (x, y, normalisers, entropies, a, b, p), jnp.zeros(head.shape, jnp.float32)
     if chunk == x.shape[0]:
-        d_head, d_x = one_chunk(d_head, inputs)
+        d_head, d_x = one_chunk(d_head, parts)
     else:
-        d_head, d_x = jax.lax.scan(one_chunk, d_head, jax.tree.map(lambda v: _split(v, chunk), inputs))
+        d_head, d_x = jax.lax.scan(one_chunk, d_head, jax.tree.map(lambda v: _split(v, chunk), parts))
     return d_x.reshape(x.shape), d_head.astype(head.dtype), None
 
 
@@ -83,11 +101,4 @@ def _split(v, chunk):
     return v.reshape(-1, chunk, *v.shape[1:])
 
 
-def _map_chunks(fn, chunk, *args):
-    if chunk == args[0].shape[0]:
-        return fn(*args)
-    out = jax.lax.map(lambda xs: fn(*xs), tuple(_split(v, chunk) for v in args))
-    return jax.tree.map(lambda v: v.reshape(-1, *v.shape[2:]), out)
-
-
-_flat.defvjp(_forward, _backward)
+_flat.defvjp(_forward_of_primals, _backward, symbolic_zeros=True)

@@ -39,7 +39,7 @@ def _drop_from(path: Path, step: int):
     os.replace(temporary, path)
 
 
-def _step_of(line: str) -> float:
+def _step_of(line: str) -> int | float:
     try:
         return json.loads(line)["step"]
     except ValueError:  # the kill came in the middle of this line
@@ -77,10 +77,11 @@ def rollout_metrics(part: Collected, group_size: int) -> dict:
         name: float(np.nanmean(values)) if not np.all(np.isnan(values)) else np.nan
         for name, values in part.scores.items()
     }
+    collapsed = np.nanmax(correct, axis=1, initial=-np.inf) == np.nanmin(correct, axis=1, initial=np.inf)
     return {
         "accuracy": mean.pop("correct"),
         **{f"score_{name}": value for name, value in mean.items()},
-        "collapsed_groups": float(np.mean(np.nanmax(correct, 1, initial=-np.inf) == np.nanmin(correct, 1, initial=np.inf))),
+        "collapsed_groups": float(np.mean(collapsed)),
         "length_mean": float(lengths.mean()),
         "length_max": int(lengths.max()),
         "truncated": float(np.mean(part.rollout.truncated)),

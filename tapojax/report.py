@@ -4,13 +4,15 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+
 
 def before_after_table(before: Mapping, after: Mapping) -> str:
     """Markdown: every rate of the two evaluations, with its 95 % interval where it has one."""
     names = [name for name in after if isinstance(after[name], dict)]
-    plain = [name for name in after if isinstance(after[name], float)]
+    plain = [name for name in after if isinstance(after[name], float | None)]
     rows = [f"| {name} | {estimate_text(before[name])} | {estimate_text(after[name])} |" for name in names]
-    rows += [f"| {name} | {before[name]:.3f} | {after[name]:.3f} |" for name in plain]
+    rows += [f"| {name} | {_number(before[name])} | {_number(after[name])} |" for name in plain]
     title = f"| {after['problems']} held-out problems x {after['samples']} samples | before | after |"
     return "\n".join([title, "|---|---|---|", *rows])
 
@@ -29,7 +31,11 @@ def results_table(results: Mapping) -> str:
 
 def estimate_text(value: Mapping) -> str:
     """mean [low, high]."""
-    return f"{value['mean']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
+    return f"{_number(value['mean'])} [{_number(value['low'])}, {_number(value['high'])}]"
+
+
+def _number(value: float | None) -> str:
+    return "none" if value is None else f"{value:.3f}"  # a rate of which nothing could be scored
 
 
 def read_jsonl(path: Path) -> list[dict]:
@@ -49,7 +55,7 @@ def draw_curve(workdir: Path, title: str) -> Path:
     figure.suptitle(title)
     left.plot(*_series(steps, "accuracy"), color="tab:gray", alpha=0.6, lw=1.2, label="training accuracy")
     at = [e["step"] for e in evaluations]
-    mean, low, high = ([e["pass@1"][key] for e in evaluations] for key in ("mean", "low", "high"))
+    mean, low, high = (np.array([e["pass@1"][key] for e in evaluations], float) for key in ("mean", "low", "high"))
     left.plot(at, mean, color="tab:blue", marker="o", ms=4, lw=2, label="held-out pass@1")
     left.fill_between(at, low, high, color="tab:blue", alpha=0.15, lw=0, label="95 % interval")
     left.set(xlabel="step", ylabel="share of completions right", ylim=(0, 1.02))

@@ -16,7 +16,7 @@ forgets to look, and the rows it belongs to are masked.
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Array, Bool, Float, Int
 
@@ -141,6 +141,7 @@ class Engine(NamedTuple):
     close: Callable[[], None] = lambda: None
 
 
+@runtime_checkable
 class Examples(Protocol):
     """Random access to problems; a list is one."""
 
@@ -149,6 +150,7 @@ class Examples(Protocol):
     def __getitem__(self, index: int, /) -> Any: ...
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
     """What of a Hugging Face tokenizer is used; the gym's own has the same."""
 

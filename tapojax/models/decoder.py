@@ -75,6 +75,10 @@ class Block(nn.Module):
             kernel_init=nn.initializers.normal(config.initializer_range),
         )
         heads, kv_heads = (config.num_heads, config.head_dim), (config.num_kv_heads, config.head_dim)
+        batch, length, width = x.shape
+        # Matrix products see one axis of tokens: with two, XLA on CPU fuses transposes into the backward pass's
+        # element-wise code, and a gated MLP takes twice as long.
+        x = x.reshape(-1, width)
 
         h = norm(name="attention_norm")(x)
         q = dense(heads, use_bias=config.qkv_bias, name="query")(h)
@@ -82,14 +86,16 @@ class Block(nn.Module):
         v = dense(kv_heads, use_bias=config.qkv_bias, name="value")(h)
         if config.qk_norm:
             q, k = norm(name="query_norm")(q), norm(name="key_norm")(k)
+        q, k, v = (y.reshape(batch, length, *y.shape[1:]) for y in (q, k, v))
         mixed, handed_out = self.attend(rotate(q, cos, sin), rotate(k, cos, sin), v)
+        mixed = mixed.reshape(-1, *heads)
         x = x + dense(config.hidden_size, axis=(-2, -1), use_bias=config.output_bias, name="output")(mixed)
 
         h = norm(name="mlp_norm")(x)
         gate = dense(config.intermediate_size, use_bias=config.mlp_bias, name="gate")(h)
         up = dense(config.intermediate_size, use_bias=config.mlp_bias, name="up")(h)
         x = x + dense(config.hidden_size, use_bias=config.mlp_bias, name="down")(nn.silu(gate) * up)
-        return sharding.constrain(x, "batch", None, None), handed_out
+        return sharding.constrain(x.reshape(batch, length, width), "batch", None, None), handed_out
 
 
 class Decoder(nn.Module):

@@ -126,11 +126,11 @@ def _read_rope(raw: Mapping[str, Any], origin: Path) -> dict[str, Any]:
         raise ValueError(f"{origin}: partial_rotary_factor={partial!r} is not supported; the decoder turns whole heads")
     if kind == "default":
         return {"rope_theta": theta}
-    factors = ("factor", "low_freq_factor", "high_freq_factor")
-    if missing := [key for key in (*factors, "original_max_position_embeddings") if key not in rope]:
+    needed = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    if missing := [key for key in needed if key not in rope]:
         raise ValueError(f"{origin}: llama3 rope scaling lacks {', '.join(missing)}")
-    scaling = Llama3Rope(*(float(rope[key]) for key in factors), int(rope["original_max_position_embeddings"]))
-    return {"rope_theta": theta, "rope_scaling": scaling}
+    factor, low, high, original = (float(rope[key]) for key in needed)
+    return {"rope_theta": theta, "rope_scaling": Llama3Rope(factor, low, high, original_max_position=int(original))}
 
 
 def to_json(
@@ -272,10 +272,10 @@ def load_params(path: PathLike, config: DecoderConfig, *, dtype: str | None = No
       ValueError: missing, unexpected or misshapen tensors, all of them named; a missing, truncated or doubtful file.
     """
     folder, expected = safetensors_folder.existing(path), manifest(config)
-    dtype = jnp.dtype(config.param_dtype if dtype is None else dtype)
+    wanted = jnp.dtype(config.param_dtype if dtype is None else dtype)
     with safetensors_folder.opened(folder) as found:
         _check_tensors(folder, expected, found)
-        flat = {key: np.empty(leaf.shape, dtype) for key, leaf in _abstract(config).items()}
+        flat = {key: np.empty(leaf.shape, wanted) for key, leaf in _abstract(config).items()}
         for name, tensor in expected.items():
             x = found[name].get_tensor(name)
             flat[tensor.path][... if tensor.layer is None else tensor.layer] = _move(config, x, tensor.pattern)

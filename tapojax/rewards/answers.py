@@ -1,8 +1,8 @@
 r"""The verifier of final answers: finds the answer in a completion and compares it with the gold answer.
 
-Right, wrong and "no verdict" are kept apart. A completion that gives no answer is wrong, and so is an answer that is not
-mathematics or is as long as a text. A comparison that hangs, crashes or runs out of memory has no verdict but an error,
-and so has a gold answer that cannot be read: such a row gets no score, never a zero.
+Right, wrong and "no verdict" are kept apart. A completion that gives no answer is wrong, and so is an answer that is
+not mathematics or is as long as a text. A comparison that hangs, crashes or runs out of memory has no verdict but an
+error, and so has a gold answer that cannot be read: such a row gets no score, never a zero.
 
 The comparison goes from cheap and safe to dear and dangerous: the same spelling (`spelling`), exact rational numbers,
 then math-verify in a worker process under a deadline (`equality`, `pool`).
@@ -19,8 +19,9 @@ from typing import NamedTuple
 from tapojax.rewards import pool, spans, spelling
 
 CHECKER = "tapojax.rewards.equality:checker"
+# MATH, OlympiadBench and Minerva stay below 210 characters and depth 5; parsers take time exponential in the depth
 MAX_LENGTH = 1000  # characters
-MAX_DEPTH = 30  # brackets within brackets
+MAX_DEPTH = 12  # brackets within brackets
 MAX_WORDS = 3  # a gold answer of more words is a sentence, and has more than one right wording
 INTEGER = re.compile(r"[-+]?\d+")
 RATIO = re.compile(r"([-+]?)(?:(\d+) ?/ ?(\d+)|\\frac ?\{([-+]?\d+)\} ?\{(\d+)\})")
@@ -67,11 +68,12 @@ def grade(
             name = f"completion {index}" if index < len(answers) else f"gold answer {index - len(answers)}"
             raise ValueError(f"{name} is {text!r:.80}, a {type(text).__name__}; convert it to a string first")
     pairs = [(extract(completion), answer) for completion, answer in zip(completions, answers, strict=True)]
-    grades = {pair: _grade_by_spelling(*pair) for pair in dict.fromkeys(pairs)}
-    if unknown := [pair for pair, known in grades.items() if known is None]:
-        items = [(_golds(*pair), spelling.tidy(pair[0])) for pair in unknown]
-        outcomes = (workers or shared_pool()).run(items, deadline_s=deadline_s)
-        grades |= {pair: Grade(*outcome) for pair, outcome in zip(unknown, outcomes, strict=True)}
+    compared = {pair: _compare_spelling(*pair) for pair in dict.fromkeys(pairs)}
+    items = {pair: item for pair, item in compared.items() if not isinstance(item, Grade)}
+    grades = {pair: verdict for pair, verdict in compared.items() if isinstance(verdict, Grade)}
+    if items:
+        outcomes = (workers or shared_pool()).run(list(items.values()), deadline_s=deadline_s)
+        grades |= {pair: Grade(*outcome) for pair, outcome in zip(items, outcomes, strict=True)}
     return [grades[pair] for pair in pairs]
 
 
@@ -84,37 +86,26 @@ def shared_pool() -> pool.Pool:
         return _shared[os.getpid()]
 
 
-def _grade_by_spelling(prediction: str | None, gold: str) -> Grade | None:
-    """The verdict, if it can be had without mathematics."""
+def _compare_spelling(prediction: str | None, gold: str) -> Grade | tuple[list[str], str]:
+    """The verdict if it can be had without mathematics, else the gold answers and the prediction for `equality`."""
     if prediction is None or not _plausible(prediction):
         return Grade(False, None)
-    gold_answer = _gold_answer(gold)
+    gold_answer = extract(gold) or gold if "boxed" in gold or "####" in gold else gold
     if not _plausible(gold_answer):
-        return Grade(
-            None, f"gold answer {gold_answer[:50]!r}... is too long or too deep ({len(gold_answer)} characters)"
-        )
-    golds, tidied = _golds(prediction, gold), spelling.tidy(prediction)
-    if not golds[0]:
+        return Grade(None, f"gold answer {gold_answer[:50]!r}... is over {MAX_LENGTH} characters or depth {MAX_DEPTH}")
+    tidied, tidy_gold = spelling.tidy(prediction), spelling.tidy(gold_answer)
+    if not tidy_gold:
         return Grade(None, f"gold answer {gold!r} is empty")
-    if spelling.alike(golds[0], tidied):
-        return Grade(True, None)
-    if spelling.is_literal(golds[0]):
-        if len(golds[0].split()) > MAX_WORDS:
-            return Grade(None, f"gold answer {gold!r} is a sentence: other words may mean the same")
-        return Grade(False, None)
+    if not tidied or spelling.alike(tidy_gold, tidied):
+        return Grade(bool(tidied), None)
+    if spelling.is_literal(tidy_gold):
+        sentence = f"gold answer {gold_answer!r} is a sentence: other words may mean the same"
+        return Grade(None, sentence) if len(tidy_gold.split()) > MAX_WORDS else Grade(False, None)
+    # 10% is 10, and 0.1 too if the prediction bears no percent sign
+    as_fraction = "%" in gold_answer and "%" not in prediction
+    golds = [tidy_gold, rf"\frac{{{tidy_gold}}}{{100}}"] if as_fraction else [tidy_gold]
     value, gold_values = _rational(tidied), [_rational(text) for text in golds]
-    return None if value is None or None in gold_values else Grade(value in gold_values, None)
-
-
-def _gold_answer(gold: str) -> str:
-    return extract(gold) or gold if "boxed" in gold or "####" in gold else gold
-
-
-def _golds(prediction: str, gold: str) -> list[str]:
-    """The tidy gold answers: 10% is 10, and 0.1 too if the prediction bears no percent sign."""
-    gold_answer = _gold_answer(gold)
-    tidied = spelling.tidy(gold_answer)
-    return [tidied, rf"\frac{{{tidied}}}{{100}}"] if "%" in gold_answer and "%" not in prediction else [tidied]
+    return (golds, tidied) if value is None or None in gold_values else Grade(value in gold_values, None)
 
 
 def _plausible(answer: str) -> bool:

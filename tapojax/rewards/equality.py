@@ -15,7 +15,7 @@ PRIME = re.compile(r"(?<=[A-Za-z)])'|\\prime")
 
 
 def _relatively_close(gold, prediction) -> bool:
-    """False for numbers that pass for equal only because both are tiny: math-verify compares to 6 decimals, or 1e-15."""
+    """False for numbers that pass for equal only because both are tiny (math-verify compares to 6 decimals)."""
     from sympy import Eq, Expr
 
     gold, prediction = (side.rhs if isinstance(side, Eq) else side for side in (gold, prediction))

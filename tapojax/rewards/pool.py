@@ -43,13 +43,14 @@ class Pool:
     """Applies a function to items in worker processes.
 
     `factory` is "module:name" of a function without arguments that returns the function to apply; it is called in the
-    worker. Items and values are JSON; values are not None. Workers start when first needed and live until `close`,
+    worker. Items and values are JSON; values are not None. `memory_mb` is what a worker may take beyond what it holds
+    once it has started. Workers start when first needed and live until `close`,
     the end of a `with` block, or the end of the program (they see the connection close).
     """
 
     def __init__(self, factory: str, *, workers: int, memory_mb: int):
-        if workers < 1 or memory_mb < 256:
-            raise ValueError(f"a pool needs workers >= 1 and memory_mb >= 256, got {workers} and {memory_mb}")
+        if workers < 1 or memory_mb < 64:
+            raise ValueError(f"a pool needs workers >= 1 and memory_mb >= 64, got {workers} and {memory_mb}")
         self._factory, self._memory_mb, self._workers, self._owner = factory, memory_mb, workers, os.getpid()
         # last in, first out: a few items never start all the workers
         self._idle: queue.LifoQueue[_Process | None] = queue.LifoQueue()
@@ -111,7 +112,7 @@ def _start(factory: str, memory_mb: int) -> _Process:
     with tempfile.TemporaryFile() as words, theirs:
         popen = subprocess.Popen(
             [sys.executable, "-P", "-m", "tapojax.rewards.worker", factory, str(memory_mb)],
-            stdin=theirs,
+            stdin=theirs.fileno(),
             stdout=subprocess.DEVNULL,
             stderr=words,
             # the worker finds what the caller finds, and sets of symbols have one order in every run

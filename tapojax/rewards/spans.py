@@ -1,4 +1,4 @@
-r"""Where the final answer stands in a completion. One pass over the text, whatever the text: megabytes of open braces too.
+r"""Where the final answer stands in a completion. One pass over any text, megabytes of open braces too.
 
 A span rather than a string, because whoever edits an answer in place (an injected wrong answer, a highlighted one) must
 cut exactly where the verifier reads.
@@ -8,7 +8,7 @@ import re
 
 BOX_TOKEN = re.compile(r"(\\\\?(?:boxed|fbox)\s*\{)|\\\\?boxed\s*([-+]?\d[\d.,/]*)|\\.|[{}]", re.DOTALL)
 HASHES = re.compile(r"####[ \t]*([-+]?[$€£]?[-+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:/\d+)?)([^\n]*)")
-AFTER_HASHES = re.compile(r"[ \t.%]*(?:<\|[^\n]*)?[ \t]*")
+AFTER_HASHES = re.compile(r"[ \t.%]*(?:<\|[^\n]*)?")
 ANSWER_IS = re.compile(r"\banswer\b[*_ \t]*(?:is\b[ \t]*:?|([:=：]))", re.IGNORECASE)
 RESULT_IS = re.compile(r"\b(?:result|solution) (?:is\b[ \t]*:?|([:=：]))", re.IGNORECASE)
 SENTENCE_END = re.compile(r"\n|[.!?](?=\s|\*|$)|。|<[|/]")
@@ -22,9 +22,9 @@ def find(text: str) -> Span | None:
     r"""The final answer as `text[begin:end]`, or None when the completion gives none.
 
     Only what follows the last `</think>` counts; while a `<think>` is open nothing counts. There, in this order:
-    the last balanced `\boxed{}` or `\fbox{}` (or `\boxed 5`), the last `<answer>` tag, the number alone behind the last
-    `####`, the last "answer is ..." or "answer: ..." (failing that, "result" or "solution"), the last JSON "answer", and
-    the whole text when it is a single line of mathematics without prose.
+    the last balanced `\boxed{}` or `\fbox{}` (or `\boxed 5`), the last `<answer>` tag, the last number alone behind a
+    `####`, the last "answer is ..." or "answer: ..." (failing that, "result" or "solution"), the last JSON "answer",
+    and the whole text when it is a single line of mathematics without prose.
     """
     start = text.rfind("</think>") + len("</think>") if "</think>" in text else 0
     if text.find("<think>", start) >= 0:

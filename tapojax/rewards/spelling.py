@@ -39,7 +39,10 @@ REWRITES = [
         (r"\^ ?\{ ?\\circ ?\}|\^ ?\\circ(?![a-zA-Z])|\\degree(?![a-zA-Z])", " "),
         (r" ?\\?%| ?\b(?:percent(?:age)?|pct)\b", ""),
         (r"\b([ap])\. ?m\b\.?", r"\1m"),
-        (r"(?<=\d) ?(?:\\text\{ ?)?\b(thousand|million|billion|trillion)\b(?: ?\})?", lambda m: POWERS[m[1]]),
+        (r"(?<=\d) ?(\\text ?\{)? ?\bthousand\b", r"\\times 10^{3} \1"),
+        (r"(?<=\d) ?(\\text ?\{)? ?\bmillion\b", r"\\times 10^{6} \1"),
+        (r"(?<=\d) ?(\\text ?\{)? ?\bbillion\b", r"\\times 10^{9} \1"),
+        (r"(?<=\d) ?(\\text ?\{)? ?\btrillion\b", r"\\times 10^{12} \1"),
         (r"\*\*", "^"),
         (r"(?<=[\])]) ?U ?(?=[\[(])", r"\\cup "),
         (r"(?<![a-zA-Z\\])pi(?![a-zA-Z])", r"\\pi "),
@@ -47,19 +50,18 @@ REWRITES = [
         (r"\\frac ?([0-9a-zA-Z]) ?([0-9a-zA-Z])", r"\\frac{\1}{\2}"),
         (r"\\frac ?([0-9a-zA-Z]) ?\{", r"\\frac{\1}{"),
         (r"\\frac ?(\{[^{}]*\}) ?([0-9a-zA-Z])", r"\\frac\1{\2}"),
+        (r"\\frac ?(\\[a-zA-Z]+) ?(\d)", r"\\frac{\1}{\2}"),
         (r"√ ?(\d+|[a-zA-Z])", r"\\sqrt{\1}"),
         (r"(?:√|\\sqrt) ?\(([^()]*)\)", r"\\sqrt{\1}"),
         (r"\\sqrt ?([0-9a-zA-Z])", r"\\sqrt{\1}"),
+        (r"\\varnothing(?![a-zA-Z])", r"\\emptyset"),
         (r"_ ?\{ ?\\(max|min) ?\}", r"_{\1}"),
     ]
 ]
-POWERS = {
-    "thousand": r"\times 10^{3}", "million": r"\times 10^{6}", "billion": r"\times 10^{9}", "trillion": r"\times 10^{12}"
-}  # fmt: skip
 DOUBLED_COMMAND = re.compile(r"\\(?=\\[a-zA-Z])")
 HALVED_ROW_BREAK = re.compile(r"(?<!\\)\\(?=[-+.\d])")
 
-NUMBER = r"[-+]?(?:\d[\d,]*(?:\.\d*)?|\.\d+)"
+NUMBER = r"[-+]?(?:\d[\d,]*(?:\.\d*)?|\.\d+)(?:\\times 10\^\{\d+\})?"
 FRACTION = r"-?\\frac ?\{[^{}]*\} ?\{[^{}]*\}"
 POWER = r"(?: ?\^ ?(?:\{\d\}|\d))?"
 TRAILING_WORD = re.compile(rf" ?{WORD}{POWER}$")
@@ -84,7 +86,7 @@ def tidy(answer: str) -> str:
         text = pattern.sub(replacement, text)
     if "matrix" in text:
         text = HALVED_ROW_BREAK.sub(r"\\\\", text)
-    else:
+    elif "\\begin" not in text:
         text = DOUBLED_COMMAND.sub("", text)
     text = re.sub(WORD, r" \1 ", _drop_unit(_strip(text)))
     text = _drop_unit(_strip(re.sub(r"(?<=[{(]) | (?=[})])", "", " ".join(text.split()))))
@@ -103,7 +105,7 @@ def _ascii(text: str) -> str:
 
 
 def _strip(text: str) -> str:
-    return " ".join(text.split()).rstrip(" .,;:").lstrip(" ,;:")
+    return " ".join(text.split()).rstrip(" .,;:\\").lstrip(" ,;:")
 
 
 def _drop_unit(text: str) -> str:
@@ -113,7 +115,7 @@ def _drop_unit(text: str) -> str:
         if ENDS_LIKE_A_NUMBER.search(head) and not re.search(WORD, head):
             return head
     match = PLAIN_UNIT.fullmatch(text)
-    return match[1] if match and not NOT_A_UNIT.search(text) else text
+    return match[1] if match and not NOT_A_UNIT.search(text, match.end(1)) else text
 
 
 def key(tidied: str) -> str:

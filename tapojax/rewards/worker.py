@@ -1,16 +1,17 @@
 """The process a pool talks to: one item in, one reply out, and nothing it does can hurt its parent.
 
-Run as `python -m tapojax.rewards.worker module:factory memory_mb` with a socket as standard input. `factory()` is called
-once and returns the function that is applied to every item. A message is four bytes of length, then JSON:
+Run as `python -m tapojax.rewards.worker module:factory memory_mb` with a socket as standard input. `factory()` is
+called once and returns the function that is applied to every item. A message is four bytes of length, then JSON:
 
     parent -> worker   {"item": ..., "deadline_s": 5.0}
     worker -> parent   {"ready": true}, and for each item {"taken": true}, then {"value": ...} or {"error": "..."}
 
 The socket is moved away from descriptor 0 and descriptors 1 and 2 lead nowhere, so a library that prints cannot break
-the protocol. Memory is bounded twice: an allocation beyond `memory_mb` of address space fails, and an item that drove
-the resident peak up by a quarter of it is an error whatever it returned, because mathematics libraries catch
-MemoryError and carry on with a wrong result. (One single allocation above the whole limit, caught by the library
-itself, stays invisible.) The worker ends with its parent: end of file when idle, an alarm when busy.
+the protocol. Memory is bounded twice, both counted from what the worker holds once it is ready: an allocation beyond
+`memory_mb` of address space fails, and an item that drove the resident peak up by a quarter of it is an error whatever
+it returned, because mathematics libraries catch MemoryError and carry on with a wrong result. (One single allocation
+above the whole limit, caught by the library itself, stays invisible.) The worker ends with its parent: by end of file
+when idle, by an alarm when busy.
 """
 
 import importlib
@@ -58,10 +59,13 @@ def _exactly(connection: socket.socket, count: int, end: float | None) -> bytes:
 def peak_mb() -> float:
     """The largest resident size of this process, in MiB."""
     if sys.platform == "linux":
-        # not ru_maxrss: it survives exec and would report the parent's gigabytes
-        with open("/proc/self/status", encoding="ascii") as lines:
-            return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 2**10
+        return _linux_mb("VmHWM")  # not ru_maxrss: it survives exec and would report the parent's gigabytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def _linux_mb(name: str) -> float:
+    with open("/proc/self/status", encoding="ascii") as lines:
+        return next(int(line.split()[1]) for line in lines if line.startswith(name)) / 2**10
 
 
 def _reply(function, item, memory_mb: int, peak_limit_mb: float) -> dict:
@@ -80,6 +84,9 @@ def _serve(connection: socket.socket, factory: str, memory_mb: int) -> None:
     module, name = factory.split(":")
     function = vars(importlib.import_module(module))[name]()
     peak_limit_mb = peak_mb() + memory_mb / 4
+    if sys.platform == "linux":  # macOS does not enforce it
+        limit = int(_linux_mb("VmSize") + memory_mb) * 2**20
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     os.dup2(1, 2)
     send(connection, {"ready": True})
     while True:
@@ -106,8 +113,6 @@ def main() -> None:
     factory, memory_mb = sys.argv[1], int(sys.argv[2])
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # the kernel ends the process, whatever Python is doing
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    if sys.platform == "linux":  # macOS does not enforce it
-        resource.setrlimit(resource.RLIMIT_AS, (memory_mb * 2**20, memory_mb * 2**20))
     sys.setrecursionlimit(RECURSION_LIMIT)
     threading.stack_size(STACK_BYTES)
     # only a new thread can have a stack that matches the recursion limit

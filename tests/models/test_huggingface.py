@@ -68,7 +68,7 @@ def rewrite(folder, tensors):
 # ---- round trips
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("max_shard_bytes", [10**9, 4000])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_save_then_load_is_bit_exact(name, dtype, max_shard_bytes, tmp_path):
@@ -329,8 +329,8 @@ def test_a_second_head_beside_tied_embeddings_must_equal_them(saved):
 
 def test_params_of_another_config_are_not_saved(tmp_path):
     params = random_params(TIED)
-    params["layers"]["query"]["kernel_lora_a"] = np.zeros((2, 24, 4))
-    params["final_norm"] = {"scale": np.zeros(23)}
+    params["layers"]["query"]["kernel_lora_a"] = np.zeros((2, 24, 4), np.float32)
+    params["final_norm"] = {"scale": np.zeros(23, np.float32)}
     with pytest.raises(ValueError) as error:
         huggingface.save_params(tmp_path / "x", params, QWEN2)
     for words in (
@@ -345,12 +345,10 @@ def test_params_of_another_config_are_not_saved(tmp_path):
 # ---- files that are not whole
 
 
-@pytest.mark.parametrize(
-    "damage", [lambda b: b[:-1], lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"version https"]
-)
-def test_a_truncated_file_is_refused(damage, saved):
+@pytest.mark.parametrize("kept", [0, 5, 1000, -1])
+def test_a_truncated_file_is_refused(kept, saved):
     file = saved[0] / "model.safetensors"
-    file.write_bytes(damage(file.read_bytes()))
+    file.write_bytes(file.read_bytes()[:kept])
     with pytest.raises(ValueError, match=r"model.safetensors \(\d+ bytes\) is not a whole safetensors file.*Download"):
         huggingface.load_params(saved[0], TIED)
 
@@ -384,9 +382,10 @@ def test_missing_and_truncated_shards_are_named(sharded):
 def test_an_index_of_other_shards_is_refused(sharded):
     folder, index = sharded
     raw = json.loads(index.read_text())
-    raw["weight_map"]["model.norm.weight"] = raw["weight_map"]["model.embed_tokens.weight"]
+    moved = max(raw["weight_map"], key=raw["weight_map"].get)
+    raw["weight_map"][moved] = raw["weight_map"]["model.embed_tokens.weight"]
     index.write_text(json.dumps(raw))
-    with pytest.raises(ValueError, match="do not belong together.*model.norm.weight in model-00001"):
+    with pytest.raises(ValueError, match=f"do not belong together.*{moved} in model-00001"):
         huggingface.load_params(folder, TIED)
     index.write_text(json.dumps({"metadata": {}}))
     with pytest.raises(ValueError, match="index.json.*weight_map"):

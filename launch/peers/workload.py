@@ -1,0 +1,173 @@
+"""What every library has to do in `launch.benchmark`, and how it is timed.
+
+Each library's own Python imports this file, so it needs the standard library alone (and Linux, for memory). Prompts and
+completions are random words such as "w17", one token each; four ids are kept for padding, end, start and unknown.
+"""
+
+import ctypes
+import dataclasses
+import gc
+import importlib.metadata
+import json
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+PAD, EOS, BOS, UNKNOWN = range(4)
+FIRST_WORD = 4
+MATMUL_SIZE = 2048
+
+# of every train step: GRPO's usual ones, so that no library is asked for something unusual
+LEARNING_RATE, CLIP_NORM, CLIP_RATIO = 1e-5, 1.0, 0.2
+ROPE_THETA, NORM_EPS = 10_000.0, 1e-6
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A Qwen3 decoder: grouped queries, norms of queries and keys, gated MLP, tied embeddings, float32."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One case for one process. Rows are prompts * group_size, each prompt_tokens + completion_tokens long."""
+
+    kind: str  # a key of the library's CASES
+    model: Model
+    prompts: int
+    group_size: int
+    prompt_tokens: int
+    completion_tokens: int
+    warmup: int  # repetitions that are not counted: compilation, caches, first allocations
+    repetitions: int
+    threads: int
+    kl_coef: float = 0.0
+    started: float = 0.0  # time.time() just before the process was started
+    folder: str = ""  # temporary, for what a library wants on disk
+
+    @property
+    def rows(self) -> int:
+        return self.prompts * self.group_size
+
+
+def words(rows: int, length: int, vocab_size: int, seed: int) -> list[list[int]]:
+    """Random token ids [rows, length] without the four special ones."""
+    generator = random.Random(seed)
+    return [[generator.randrange(FIRST_WORD, vocab_size) for _ in range(length)] for _ in range(rows)]
+
+
+def prompts(job: Job) -> list[list[int]]:
+    return words(job.prompts, job.prompt_tokens, job.model.vocab_size, seed=0)
+
+
+def grouped_prompts(job: Job) -> list[list[int]]:
+    """Each prompt once per row."""
+    return [tokens for tokens in prompts(job) for _ in range(job.group_size)]
+
+
+def completions(job: Job) -> list[list[int]]:
+    return words(job.rows, job.completion_tokens, job.model.vocab_size, seed=1)
+
+
+def advantages(job: Job) -> list[float]:
+    """From -1 to 1 over the rows."""
+    return [2 * row / max(job.rows - 1, 1) - 1 for row in range(job.rows)]
+
+
+def reward(completion: str) -> float:
+    """Share of words with an even id: cheap, and different from row to row."""
+    ids = tokens(completion)
+    return sum(token % 2 == 0 for token in ids) / max(len(ids), 1)
+
+
+def text(tokens) -> str:
+    return " ".join(f"w{int(token)}" for token in tokens if token >= FIRST_WORD)
+
+
+def tokens(text: str) -> list[int]:
+    return [int(word[1:]) for word in text.split()]
+
+
+class Stopwatch:
+    """Times consecutive repetitions, and finds the memory they need beyond what stands when the watch is made.
+
+    Make it when the parameters (and the reference's) stand and the optimizer's state does not.
+    """
+
+    def __init__(self, job: Job):
+        self.job = job
+        tidy_memory()
+        self.memory_before = memory_mib("VmRSS")
+        self.laps = [_clocks()]
+        self.first_lap = 0.0
+
+    def lap(self) -> bool:
+        """Ends a repetition, whose work must be done and not only dispatched; True when there are enough."""
+        self.laps.append(_clocks())
+        count = len(self.laps) - 1
+        if count == 1:
+            self.first_lap = time.time() - self.job.started
+        if count == self.job.warmup:
+            tidy_memory()
+            Path("/proc/self/clear_refs").write_text("5")  # VmHWM, the peak so far, starts anew
+            self.laps[-1] = _clocks()
+        return count == self.job.warmup + self.job.repetitions
+
+    def result(self) -> dict:
+        pairs = list(zip(self.laps, self.laps[1:], strict=False))[self.job.warmup :]
+        return {
+            "seconds": [after[0] - before[0] for before, after in pairs],
+            "cpu_seconds": [after[1] - before[1] for before, after in pairs],
+            "start_to_first_repetition_seconds": self.first_lap,
+            "extra_peak_mib": memory_mib("VmHWM") - self.memory_before,
+        }
+
+
+def _clocks() -> tuple[float, float]:
+    return time.perf_counter(), time.process_time()
+
+
+def memory_mib(entry: str) -> float:
+    """VmRSS (resident now) or VmHWM (its peak) of this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{entry}:")) / 1024
+
+
+def tidy_memory():
+    """Hands freed memory back to the system, so that what a process was once given does not count as standing."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+
+
+def summary(parts: list[dict], tokens: int) -> dict:
+    """One cell of the table: all repetitions of all rounds together."""
+    seconds = [value for part in parts for value in part["seconds"]]
+    median = statistics.median(seconds)
+    return {
+        "median_seconds": median,
+        "min_seconds": min(seconds),
+        "max_seconds": max(seconds),
+        "median_cpu_seconds": statistics.median(value for part in parts for value in part["cpu_seconds"]),
+        "tokens_per_second": tokens / median,
+        "extra_peak_mib": statistics.median(part["extra_peak_mib"] for part in parts),
+        "seconds": seconds,
+    }
+
+
+def main(cases: dict[str, Callable[[Job], Stopwatch]], packages: tuple[str, ...]):
+    """Runs the job in argv[1] (JSON) and writes what was measured to argv[2]."""
+    fields = json.loads(sys.argv[1])
+    job = Job(**fields | {"model": Model(**fields["model"])})
+    watch = cases[job.kind](job)
+    versions = {name: importlib.metadata.version(name) for name in packages}
+    Path(sys.argv[2]).write_text(json.dumps({**watch.result(), "versions": versions}))

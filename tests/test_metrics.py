@@ -1,0 +1,203 @@
+"""What a run writes down is valid JSON, is cut back on a restart, and holds the numbers it says."""
+
+import json
+import time
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tensorboardX.proto import event_pb2
+
+from tapojax import metrics
+from tapojax.rollout.collect import Collected
+from tapojax.types import Batch, Prompts, Rollout
+
+NAN = float("nan")
+
+
+def strict_lines(path: Path):
+    def refuse(constant):
+        raise AssertionError(f"{path.name} holds {constant}, which is not JSON")
+
+    return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
+
+
+# ---- files
+
+
+def test_lines_are_json_whatever_the_number(tmp_path):
+    log = metrics.open_log(tmp_path, start=0, tensorboard=False)
+    record = {
+        "step": 0,
+        "nan": NAN,
+        "inf": np.float32(np.inf),
+        "count": np.int64(7),
+        "array": jnp.float32(0.5),
+        "truth": True,
+        "none": None,
+        "text": "two\nlines \u2028 π",
+        "nested": {"mean": -np.inf, "low": 0.25},
+        "list": [1, NAN, "x"],
+    }
+    metrics.append(log, "metrics", record)
+    metrics.append(log, "metrics", {"step": 1})
+    assert strict_lines(tmp_path / "metrics.jsonl") == [
+        {
+            "step": 0,
+            "nan": None,
+            "inf": None,
+            "count": 7,
+            "array": 0.5,
+            "truth": True,
+            "none": None,
+            "text": "two\nlines \u2028 π",
+            "nested": {"mean": None, "low": 0.25},
+            "list": [1, None, "x"],
+        },
+        {"step": 1},
+    ]
+
+
+def test_a_resumed_run_drops_what_a_killed_one_left(tmp_path):
+    """The checkpoint was of step 3: steps 0 to 2 were done, the evaluation after step 3 too."""
+    for name in ("metrics", "rollouts", "evaluations"):
+        lines = [json.dumps({"step": step, "text": "π"}) for step in range(6)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines) + '\n{"step": 2, "accu')
+    log = metrics.open_log(tmp_path, start=3, tensorboard=False)
+    metrics.append(log, "metrics", {"step": 3, "again": 1})
+    for name, want in {"metrics": [0, 1, 2, 3], "rollouts": [0, 1, 2], "evaluations": [0, 1, 2, 3]}.items():
+        assert [line["step"] for line in strict_lines(tmp_path / f"{name}.jsonl")] == want, name
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_line_whose_end_was_lost_does_not_swallow_the_next(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n{"step": 1}')
+    log = metrics.open_log(tmp_path, start=2, tensorboard=False)
+    metrics.append(log, "metrics", {"step": 2})
+    assert [line["step"] for line in strict_lines(tmp_path / "metrics.jsonl")] == [0, 1, 2]
+
+
+def test_an_empty_folder_needs_nothing(tmp_path):
+    assert metrics.open_log(tmp_path, start=0, tensorboard=False) == metrics.Log(tmp_path, None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tensorboard_gets_the_numbers(tmp_path):
+    log = metrics.open_log(tmp_path, start=0, tensorboard=True)
+    metrics.append(log, "metrics", {"step": 4, "accuracy": 0.25, "kl": NAN, "text": "no number"})
+    metrics.append(log, "rollouts", {"step": 4, "correct": 1.0})
+    log.tensorboard.close()
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    found = {value.tag: (event.step, value.simple_value) for event in read_events(events) for value in event.summary.value}
+    assert found == {"metrics/accuracy": (4, 0.25)}
+
+
+def read_events(path: Path):
+    data = path.read_bytes()
+    while data:  # length, its checksum, the event, its checksum
+        size = int.from_bytes(data[:8], "little")
+        yield event_pb2.Event.FromString(data[12 : 12 + size])
+        data = data[16 + size :]
+
+
+# ---- numbers
+
+
+def collected(correct, *, source=None, errors=(), group_size=2):
+    """Rows with 1, 2, 3, ... completion tokens after one of the prompt."""
+    rows = len(correct)
+    mask = np.arange(rows + 1)[None] < np.arange(2, rows + 2)[:, None]
+    mask[:, 0] = False
+    zeros = np.zeros(mask.shape, np.float32)
+    truncated = np.arange(rows) == rows - 1
+    source = np.zeros(rows, np.int32) if source is None else np.array(source, np.int32)
+    prompts = [{"id": f"p{i}", "problem": f"{i}+{i}?", "answer": str(2 * i)} for i in range(rows // group_size)]
+    return Collected(
+        rollout=Rollout(mask.astype(np.int32), mask, zeros, zeros, np.ones(rows, np.int32), truncated, source),
+        scores={"correct": np.array(correct, np.float32), "process": np.array([NAN, *[0.5] * (rows - 1)], np.float32)},
+        prompts=Prompts(prompts, [[1]] * len(prompts)),
+        completions=[f"text {i}" for i in range(rows)],
+        errors=list(errors),
+        sampled_rows=24,
+        sampled_tokens=100,
+        seconds={},
+    )
+
+
+def test_rollout_metrics_by_hand():
+    part = collected([1, 0, 1, 1, NAN, 1, NAN, NAN], source=[0, 0, 1, 0, 0, 2, 0, 0], errors=["a", "b", "c"])
+    assert metrics.rollout_metrics(part, 2) == {
+        "accuracy": pytest.approx(4 / 5),  # of the scored rows
+        "score_process": 0.5,
+        "collapsed_groups": 0.5,  # the second and the third; of the fourth nothing is known
+        "length_mean": 4.5,
+        "length_max": 8,
+        "truncated": 1 / 8,
+        "injected": 1 / 4,
+        "score_errors": 3,
+        "sampled_rows": 24,
+        "sampled_tokens": 100,
+    }
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_batch_without_scores_has_no_accuracy():
+    part = collected([NAN] * 4)
+    assert np.isnan(metrics.rollout_metrics(part, 2)["accuracy"])
+    assert metrics.rollout_metrics(part, 2)["collapsed_groups"] == 0
+
+
+def test_batch_metrics_by_hand():
+    mask = np.array([[0, 1, 1], [0, 1, 0], [0, 0, 0], [0, 1, 1]], bool)
+    advantages = np.array([[0, 1, -3], [0, 0, 0], [0, 0, 0], [0, 0, 2]], np.float32)
+    batch = Batch(mask.astype(np.int32), mask, advantages, advantages, None, None, None, {})
+    assert metrics.batch_metrics(batch) == {
+        "silent_rows": pytest.approx(1 / 3),  # of the three that are not masked
+        "masked_rows": 0.25,
+        "advantage_max": 3.0,
+    }
+    empty = batch._replace(mask=np.zeros_like(mask), advantages=np.zeros_like(advantages))
+    assert metrics.batch_metrics(empty) == {"silent_rows": 1.0, "masked_rows": 1.0, "advantage_max": 0.0}
+
+
+def test_sample_records_are_the_first_rows_of_the_first_groups():
+    part = collected([1, 0, 0, 1, 1, 1], source=[0, 0, 3, 0, 0, 0])
+    records = metrics.sample_records(part, 7, 2, 2)
+    assert [r["completion"] for r in records] == ["text 0", "text 2"]
+    assert records[1] == {
+        "step": 7,
+        "id": "p1",
+        "problem": "1+1?",
+        "completion": "text 2",
+        "source": 3,
+        "correct": 0.0,
+        "process": 0.5,
+    }
+    assert len(metrics.sample_records(part, 0, 99, 2)) == 3 and metrics.sample_records(part, 0, 0, 2) == []
+
+
+def test_progress_line():
+    record = {
+        "step": 4,
+        "accuracy": 0.25,
+        "entropy": 1.5,
+        "update_kl": 1e-4,
+        "length_mean": 20.0,
+        "tokens_per_second": 1234.5,
+        "seconds_sample": 1.0,
+        "seconds_train": 0.5,
+    }
+    line = metrics.progress_line(record, 100)
+    assert line.startswith("step   5/100  acc 0.250  entropy 1.500  kl 1.0e-04  len 20.0  tok/s 1234")
+    assert line.endswith("| s: sample 1.00 train 0.50")
+    assert "clip" not in line, "what an algorithm has not is not shown"
+    assert "\n" not in line
+
+
+def test_timed_adds_up_also_through_an_error():
+    seconds = {"train": 1.0}
+    with pytest.raises(KeyError), metrics.timed(seconds, "train"):
+        time.sleep(0.02)
+        raise KeyError
+    assert 1.01 < seconds["train"] < 2
