@@ -34,6 +34,7 @@ def get_config(*, algorithm: str = "grpo", task: str = "arithmetic") -> ConfigDi
     c.sampling.temperature = 1.0
     c.sampling.top_k = 0  # 0: off
     c.sampling.top_p = 1.0  # 1: off
+    c.sampling.stop_token_ids = ()  # that end a completion, beside the tokenizer's end token
     c.sampling.dtype = "float32"  # of the sampler's copy of the parameters
 
     c.optimizer = ConfigDict()

@@ -26,6 +26,8 @@ def get_config(mode: str = ""):
     c.algorithm.clip_high = 0.28
     c.optimizer.learning_rate = 2e-4
     c.optimizer.warmup_updates = 5
+    c.optimizer.schedule = "linear"
+    c.optimizer.end_fraction = 0.1
     c.optimizer.b2 = 0.95
 
     c.sft.updates = 300

@@ -86,7 +86,7 @@ def sampling(config, tokenizer, **overrides) -> Sampling:
     filters = dict(temperature=section.temperature, top_k=section.top_k, top_p=section.top_p)
     return Sampling(
         max_tokens=section.max_tokens,
-        stop_token_ids=(tokenizer.eos_token_id,),
+        stop_token_ids=(tokenizer.eos_token_id, *section.stop_token_ids),
         pad_token_id=tokenizer.pad_token_id,
         **(filters | overrides),
     )
@@ -183,6 +183,8 @@ def mismatch_correction(section) -> Callable[..., Any] | None:
     """The truncated importance weights of the train/rollout mismatch, or None where they are off."""
     if section.correction == "none":
         return None
+    if section.correction not in ("token", "sequence"):
+        raise ValueError(f"train.correction={section.correction!r}: choose none, token or sequence")
     return functools.partial(correction.truncated_ratio, level=section.correction, cap=section.correction_cap)
 
 

@@ -60,14 +60,22 @@ def warm_start(config, model: DecoderConfig, task: Task, mesh, params):
 
 
 def demonstrations(examples, task: Task, demonstration, rng: np.random.Generator, budget):
-    """Rows of prompt, demonstration and end token, and the mask of the latter two. Longer ones are cut at the budget."""
+    """Rows [B, T] of prompt, demonstration and end token, and the mask of the latter two.
+
+    Raises:
+      ValueError: a demonstration longer than sampling.max_tokens; cut off, it would teach never to end.
+    """
     length = budget.max_prompt_tokens + budget.max_tokens
     tokens = np.full((len(examples), length), task.tokenizer.pad_token_id, np.int32)
     mask = np.zeros(tokens.shape, bool)
     for row, row_mask, example in zip(tokens, mask, examples, strict=True):
         prompt = task.prompt(example)
         completion = [*task.tokenizer.encode(demonstration(example, rng)), task.tokenizer.eos_token_id]
-        completion = completion[: budget.max_tokens]
+        if len(completion) > budget.max_tokens:
+            raise ValueError(
+                f"the demonstration of {example['id']!r} has {len(completion)} tokens, sampling.max_tokens is "
+                f"{budget.max_tokens}: raise it, or leave such examples out"
+            )
         row[: len(prompt) + len(completion)] = prompt + completion
         row_mask[len(prompt) : len(prompt) + len(completion)] = True
     return tokens, mask

@@ -1,6 +1,6 @@
 """Our side of `launch.benchmark`, through the calls that `launch/train.py` makes.
 
-    python -m launch.peers.tapojax JOB RESULT
+python -m launch.peers.tapojax JOB RESULT
 """
 
 import functools
@@ -96,9 +96,7 @@ def train(job: workload.Job, mesh) -> workload.Stopwatch:
     advantages = np.where(mask, np.array(workload.advantages(job), np.float32)[:, None], 0)
     batch = sharding.shard_batch(Batch(tokens, mask, advantages, zeros, None, None, None, {}), mesh)
     while True:
-        state, values = update(state, batch)
-        jax.device_get((values, state.step))
-        jax.block_until_ready(state)
+        state, _ = jax.block_until_ready(update(state, batch))
         if watch.lap():
             return watch
 
@@ -127,9 +125,7 @@ def step(job: workload.Job, mesh) -> workload.Stopwatch:
         rollout, scores = sharding.shard_batch((part.rollout, dict(part.scores)), mesh)
         ref = score_rows(reference, rollout.tokens, rollout.mask).logprobs if reference else None
         batch = make_batch(rollout, scores, number, old_stats=None, ref_logprobs=ref)
-        state, values = update(state, batch)
-        jax.device_get(values)
-        jax.block_until_ready(state)
+        state, _ = jax.block_until_ready(update(state, batch))
         if watch.lap():
             return watch
 

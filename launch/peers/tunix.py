@@ -153,7 +153,7 @@ def logprobs(job: workload.Job, *, backward: bool = False) -> workload.Stopwatch
     graph, state = nnx.split(model(job))
     prompts, completions = jnp.array(workload.grouped_prompts(job)), jnp.array(workload.completions(job))
 
-    def stats(state):
+    def stats(state, prompts, completions):
         logprobs, logits = common.compute_per_token_logps(
             graph,
             state,
@@ -169,7 +169,7 @@ def logprobs(job: workload.Job, *, backward: bool = False) -> workload.Stopwatch
     compute = jax.jit(jax.grad(stats, has_aux=True) if backward else stats)
     watch = workload.Stopwatch(job)
     while True:
-        jax.block_until_ready(compute(state))
+        jax.block_until_ready(compute(state, prompts, completions))
         if watch.lap():
             return watch
 

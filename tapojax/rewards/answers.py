@@ -47,7 +47,11 @@ def extract(text: str) -> str | None:
 
 
 def grade(
-    completions: Sequence[str], answers: Sequence[str], *, deadline_s: float = 5.0, workers: pool.Pool | None = None
+    completions: Sequence[str],
+    answers: Sequence[str],
+    *,
+    deadline_s: int | float = 5.0,
+    workers: pool.Pool | None = None,
 ) -> list[Grade]:
     r"""Grades each completion against the gold answer at its place.
 

@@ -14,15 +14,20 @@ RELATIVE_TOLERANCE = 1e-4
 PRIME = re.compile(r"(?<=[A-Za-z)])'|\\prime")
 
 
-def _relatively_close(gold, prediction) -> bool:
-    """False for numbers that pass for equal only because both are tiny (math-verify compares to 6 decimals)."""
-    from sympy import Eq, Expr
+def _far_apart(gold, prediction) -> bool:
+    """Whether both are numbers and surely different. Saves a symbolic proof that they differ, and tells tiny numbers
+    apart, which math-verify does not: it compares to 6 decimals."""
+    from sympy import Eq, Expr, Symbol
 
-    gold, prediction = (side.rhs if isinstance(side, Eq) else side for side in (gold, prediction))
+    gold, prediction = (
+        side.rhs if isinstance(side, Eq) and isinstance(side.lhs, Symbol) else side for side in (gold, prediction)
+    )
     if not all(isinstance(side, Expr) and side.is_number for side in (gold, prediction)):
-        return True
+        return False
     a, b = gold.evalf(), prediction.evalf()
-    return bool(a == b or a == 0 or abs(a - b) <= abs(a) * RELATIVE_TOLERANCE)
+    if not (a.is_finite and b.is_finite):
+        return False
+    return bool(abs(a - b) > RELATIVE_TOLERANCE * (abs(a) if a != 0 else 1))
 
 
 def checker() -> Callable[[tuple[list[str], str]], bool]:
@@ -52,8 +57,9 @@ def checker() -> Callable[[tuple[list[str], str]], bool]:
             base = BASE.fullmatch(prediction)
             return prediction == gold_base[1] or (base is not None and base.groups() == gold_base.groups())
         predicted = parse(prediction)
-        equal = math_verify.verify(parsed, predicted, timeout_seconds=None, raise_on_error=True)
-        return equal and _relatively_close(parsed[0], predicted[0])
+        if not predicted or _far_apart(parsed[0], predicted[0]):
+            return False
+        return math_verify.verify(parsed, predicted, timeout_seconds=None, raise_on_error=True)
 
     def check(item: tuple[list[str], str]) -> bool:
         golds, prediction = item

@@ -63,7 +63,7 @@ class Pool:
     def __exit__(self, *exception) -> None:
         self.close()
 
-    def run(self, items: Sequence[Any], *, deadline_s: float) -> list[Outcome]:
+    def run(self, items: Sequence[Any], *, deadline_s: int | float) -> list[Outcome]:
         """One outcome an item, in order. The deadline of an item counts from the moment a worker begins it.
 
         Raises:
@@ -75,7 +75,7 @@ class Pool:
             raise RuntimeError("this pool was made before a fork; make another one in the new process")
         threads = concurrent.futures.ThreadPoolExecutor(self._workers, "tapojax-pool")
         try:
-            return list(threads.map(lambda item: self._run_one(item, deadline_s), items))
+            return list(threads.map(lambda item: self._run_one(item, float(deadline_s)), items))
         finally:
             # after an error or Ctrl-C the items in flight end within their deadline, the others never begin
             threads.shutdown(wait=False, cancel_futures=True)
@@ -93,15 +93,14 @@ class Pool:
         process = self._idle.get()
         try:
             for _ in range(ATTEMPTS):
-                if process is None:
-                    process = _start(self._factory, self._memory_mb)
-                if _give(process, item, deadline_s):
-                    outcome, alive = _take(process, deadline_s)
-                    process = process if alive else None
+                # whatever is raised from here on, a worker that may still have words for us is not used again
+                process, busy = None, process or _start(self._factory, self._memory_mb)
+                if _give(busy, item, deadline_s):
+                    outcome, alive = _take(busy, deadline_s)
+                    process = busy if alive else None
                     return outcome
                 # it was broken before this item reached it, and that is not the item's fault
-                _kill(process)
-                process = None
+                _kill(busy)
             return Outcome(None, f"{ATTEMPTS} workers in a row died before they could take this item")
         finally:
             self._idle.put(process)

@@ -80,6 +80,8 @@ def _phrase(text: str, start: int) -> Span | None:
         begin += 1
     stop = SENTENCE_END.search(text, begin)
     end = stop.start() if stop else len(text)
+    while end > begin and text[end - 1] in "*_ \t":
+        end -= 1
     # "Answer: the largest n is 34"
     verb = text.rfind(" is ", begin, end) if match[1] else -1
     return (verb + len(" is ") if verb >= 0 else begin), end

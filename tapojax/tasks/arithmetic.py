@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 
-from tapojax.tasks import gym, gym_checker, gym_tokenizer
+from tapojax.tasks import gym, gym_checker, gym_levels, gym_tokenizer
 from tapojax.types import Task
 
 
 def arithmetic(
     *,
     seed: int,
+    max_prompt_tokens: int,
     levels: Sequence[int] = (2,),
     evaluation_levels: Sequence[int] = (2,),
     train_size: int = 20_000,
@@ -22,7 +23,16 @@ def arithmetic(
       seed: of the problems; the evaluation set does not depend on it.
       scratchpad: share of warm-start demonstrations that work step by step; the others answer at once.
       sloppiness: share of the immediate answers that have a wrong digit.
+
+    Raises:
+      ValueError: an unknown level, or one whose problems do not fit max_prompt_tokens.
     """
+    for level in (*levels, *evaluation_levels):
+        if (longest := gym_levels.lengths(level)[0]) > max_prompt_tokens:
+            raise ValueError(
+                f"level {level} has prompts of up to {longest} tokens, sampling.max_prompt_tokens is {max_prompt_tokens}: "
+                "raise max_prompt_tokens or choose other levels"
+            )
     tokenizer = gym_tokenizer.TOKENIZER
     return Task(
         tokenizer=tokenizer,

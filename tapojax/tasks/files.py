@@ -26,7 +26,6 @@ def files(
     chat: bool = True,
     overlong_prompts: str = "error",
     deadline_s: float = 5.0,
-    workers: int = 0,
 ) -> Task:
     """Rows with a problem and its final answer, in each file's own column names.
 
@@ -34,7 +33,7 @@ def files(
       template: the user message, `{problem}` filled in.
       chat: wrap the message in the tokenizer's chat template and open the assistant's turn.
       overlong_prompts: "error" stops at a prompt past max_prompt_tokens, "drop" leaves such rows out.
-      deadline_s, workers: of the verifier, per answer; workers = 0 lets it choose.
+      deadline_s: of the verifier, for one answer.
 
     Raises:
       ValueError: a missing file or column, a tokenizer without end token, an overlong prompt; each is named.
@@ -57,7 +56,7 @@ def files(
         return _within_budget(rows, prompt, max_prompt_tokens, overlong_prompts, path)
 
     def score(examples: Sequence[Example], completions: Sequence[str]):
-        grades = answers.grade(completions, [e["answer"] for e in examples], deadline_s=deadline_s, **_pool(workers))
+        grades = answers.grade(completions, [e["answer"] for e in examples], deadline_s=deadline_s)
         correct = [np.nan if grade.correct is None else float(grade.correct) for grade in grades]
         return {"correct": np.array(correct, np.float32)}, [grade.error for grade in grades]
 
@@ -70,10 +69,6 @@ def files(
         answer=answers.extract,
         demonstration=lambda example, rng: _solution(example),
     )
-
-
-def _pool(workers: int) -> dict:
-    return {"workers": workers} if workers else {}
 
 
 def _solution(example: Example) -> str:

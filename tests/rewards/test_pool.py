@@ -12,7 +12,7 @@ import pytest
 
 from tapojax.rewards import pool
 
-FUNCTIONS = '''
+FUNCTIONS = """
 import os, sys, time
 
 def make():
@@ -59,7 +59,7 @@ def make():
 
 def broken():
     raise ImportError("the library is not installed")
-'''
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -105,14 +105,15 @@ FAULTS = [
 
 @pytest.mark.parametrize("fault, message", FAULTS)
 def test_a_fault_is_an_error_that_says_what_happened_and_spares_the_others(workers, fault, message):
-    outcomes = workers.run(["before", fault, "after", "last"], deadline_s=0.5)
+    deadline_s = 0.5 if "deadline" in message else 20
+    outcomes = workers.run(["before", fault, "after", "last"], deadline_s=deadline_s)
     assert outcomes[1].value is None and message in outcomes[1].error
     assert [o for i, o in enumerate(outcomes) if i != 1] == [pool.Outcome(v, None) for v in ("before", "after", "last")]
 
 
 def test_all_faults_at_once_and_every_healthy_item_keeps_its_value(workers):
     items = [item for i, (fault, _) in enumerate(FAULTS) for item in (fault, i)]
-    outcomes = workers.run(items, deadline_s=0.3)
+    outcomes = workers.run(items, deadline_s=1)
     assert [o.value for o in outcomes[1::2]] == list(range(len(FAULTS)))
     assert all(o.value is None and o.error for o in outcomes[::2])
 
@@ -124,7 +125,12 @@ def test_endless_recursion_ends_in_an_error(workers):
 
 
 def test_what_libraries_print_does_not_reach_the_protocol(workers):
-    assert workers.run(["print", 1, "print", 2], deadline_s=5.0) == [("print", None), (1, None), ("print", None), (2, None)]
+    assert workers.run(["print", 1, "print", 2], deadline_s=5.0) == [
+        ("print", None),
+        (1, None),
+        ("print", None),
+        (2, None),
+    ]
 
 
 def test_values_cross_unchanged(workers):
@@ -188,7 +194,7 @@ def test_ten_thousand_items_cost_little(workers):
     start = time.monotonic()
     outcomes = workers.run(list(range(10_000)), deadline_s=5.0)
     seconds = time.monotonic() - start
-    print(f"\n{10_000 / seconds:,.0f} items/s through {2} workers")
+    print(f"\n{10_000 / seconds:,.0f} items/s through 2 workers")
     assert outcomes == [(i, None) for i in range(10_000)]
     assert seconds < 10, f"the pool costs {seconds / 10_000 * 1e6:.0f} us an item"
 
