@@ -12,10 +12,10 @@ process until its first step is done) and startup_again (after a startup with a 
 libraries are given).
 
 Compared: the same shapes, float32, the same number of CPU threads; GRPO with one update a step, clip 0.2 and AdamW,
-each library with its own sampler, loss, log-probs and loop, entropies included. Every case runs in a process of its own,
-one at a time, libraries in turn, so that a machine that slows down slows all. Seconds are medians over all rounds
-without warm-up; memory is the peak of the counted repetitions beyond what stood with the parameters in place; tokens
-are completion tokens.
+each library with its own sampler, loss, log-probs and loop, entropies included. Every case runs in its own process, one
+at a time, libraries in turn, so that a machine that slows down slows all. Seconds are medians over all rounds without
+warm-up; memory is the peak of the counted repetitions beyond what stood when the parameters did (so compiled programs
+and the optimizer's state count); tokens are completion tokens.
 
 Not compared: accelerators and several devices, vLLM and other sampling servers, rows of different length (no row stops
 early here), lower precision and recomputation, large models, and how well a policy learns.
@@ -48,58 +48,12 @@ RESULTS = flags.DEFINE_string("results", "results", "folder for benchmark-<time>
 
 ROOT = Path(__file__).parents[1]
 OURS = "tapojax"
-GROUP_SIZE = 8
 LIMIT_SECONDS = 1800  # of one process
 INSTALL = {
     "trl": "pip install trl==1.16.0 transformers==5.23.0 torch==2.13.0 "
     "--extra-index-url https://download.pytorch.org/whl/cpu",
     "tunix": "pip install google-tunix==0.1.7 jax==0.10.2 flax==0.12.8",
 }
-FULL = workload.Model(4096, 256, 1024, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=64)
-TINY = workload.Model(64, 32, 64, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=16)
-
-
-def jobs() -> dict[str, workload.Job]:
-    """All cases by name, at the size that the flags ask for.
-
-    Raises:
-      ValueError: rows do not make whole groups.
-    """
-    quick, rows = QUICK.value, ROWS.value or (8 if QUICK.value else 64)
-    if rows % GROUP_SIZE:
-        raise ValueError(f"--rows={rows} is not a multiple of the group size {GROUP_SIZE}")
-    step = workload.Job(
-        kind="step",
-        model=TINY if quick else FULL,
-        prompts=rows // GROUP_SIZE,
-        group_size=GROUP_SIZE,
-        prompt_tokens=4 if quick else 32,
-        completion_tokens=8 if quick else 64,
-        warmup=1 if quick else 2,
-        repetitions=REPETITIONS.value or (1 if quick else 3),
-        threads=THREADS.value,
-    )
-    generate = dataclasses.replace(step, kind="generate")
-    startup = dataclasses.replace(step, kind="startup", warmup=0, repetitions=1)
-    logprobs = dataclasses.replace(
-        step,
-        kind="logprobs",
-        model=dataclasses.replace(step.model, vocab_size=512 if quick else 151_936),
-        prompts=1,
-        completion_tokens=16 if quick else 480,
-        warmup=1,
-    )
-    return {
-        "generate": generate,
-        "generate_large": dataclasses.replace(generate, prompts=4 * step.prompts),
-        "train": dataclasses.replace(step, kind="train"),
-        "step": step,
-        "step_kl": dataclasses.replace(step, kl_coef=0.04),
-        "logprobs": logprobs,
-        "logprobs_backward": dataclasses.replace(logprobs, kind="logprobs_backward"),
-        "startup": startup,
-        "startup_again": startup,
-    }
 
 
 def chosen(known: dict[str, workload.Job]) -> dict[str, workload.Job]:
@@ -195,7 +149,7 @@ def cell(parts: list[dict], job: workload.Job) -> dict:
 
 def matmul_gflops() -> float:
     """What the machine gives at the moment, in one large float32 product."""
-    job = workload.Job("matmul", TINY, 1, 1, 1, 1, warmup=3, repetitions=10, threads=THREADS.value)
+    job = workload.Job("matmul", workload.TINY, 1, 1, 1, 1, warmup=3, repetitions=10, threads=THREADS.value)
     part = run(job, OURS, sys.executable)
     if "error" in part:
         raise ValueError(f"the matrix product failed: {part['error']}")
@@ -219,7 +173,7 @@ def machine() -> dict:
 def table(cases: dict[str, dict]) -> str:
     """Markdown; the last two columns say how many times our seconds and our memory a library takes."""
     lines = [
-        "| case | library | seconds, median (min-max) | CPU s | tokens/s | extra peak MiB | seconds / ours | MiB / ours |",
+        "| case | library | seconds, median (min-max) | CPU s | tokens/s | extra peak MiB | s / ours | MiB / ours |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, cells in cases.items():
@@ -257,7 +211,8 @@ def write(record: dict) -> Path:
 
 
 def benchmark() -> dict:
-    todo, pythons = chosen(jobs()), libraries()
+    known = workload.jobs(quick=QUICK.value, rows=ROWS.value, repetitions=REPETITIONS.value, threads=THREADS.value)
+    todo, pythons = chosen(known), libraries()
     rounds = ROUNDS.value or (1 if QUICK.value else 3)
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: THREADS.value])  # child processes inherit it
     record = {

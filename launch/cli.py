@@ -45,7 +45,8 @@ def _parse_flags(argv):
     try:
         return flags.FLAGS(argv)
     except (AttributeError, KeyError, TypeError, ValueError, OSError, flags.Error) as error:  # from --config.x=y
-        sys.exit(f"error: {error}")
+        # a KeyError's own text is a quotation of its message
+        sys.exit(f"error: {' '.join(str(error.args[0]).split()) if isinstance(error, KeyError) else error}")
 
 
 def cache_compilations():
@@ -95,6 +96,6 @@ def workdir() -> Path:
     """The folder of the run: --workdir, or a new one named after the config and the time."""
     if WORKDIR.value:
         return Path(WORKDIR.value)
-    path = next(arg for arg in sys.argv if arg.lstrip("-").startswith("config=")).partition("=")[2]
+    path = config_flags.get_config_filename(flags.FLAGS["config"])
     name = Path(path.partition(":")[0]).stem  # without the :mode
     return Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"

@@ -1,1 +1,1 @@
-"""One file per library that `launch.benchmark` measures, ours beside the others; each runs in its library's own Python."""
+"""One file per library that `launch.benchmark` measures, ours included; each runs in its library's own Python."""

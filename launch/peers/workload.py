@@ -19,6 +19,7 @@ from pathlib import Path
 PAD, EOS, BOS, UNKNOWN = range(4)
 FIRST_WORD = 4
 MATMUL_SIZE = 2048
+GROUP_SIZE = 8
 
 # of every train step: GRPO's usual ones, so that no library is asked for something unusual
 LEARNING_RATE, CLIP_NORM, CLIP_RATIO = 1e-5, 1.0, 0.2
@@ -58,6 +59,53 @@ class Job:
     @property
     def rows(self) -> int:
         return self.prompts * self.group_size
+
+
+SMALL = Model(4096, 256, 1024, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=64)
+TINY = Model(64, 32, 64, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=16)
+
+
+def jobs(*, quick: bool, rows: int | None, repetitions: int | None, threads: int) -> dict[str, Job]:
+    """All cases by name; quick: at shapes that only show that they run. None leaves a number at its default.
+
+    Raises:
+      ValueError: rows do not make whole groups.
+    """
+    rows = rows or (8 if quick else 64)
+    if rows % GROUP_SIZE:
+        raise ValueError(f"--rows={rows} is not a multiple of the group size {GROUP_SIZE}")
+    step = Job(
+        kind="step",
+        model=TINY if quick else SMALL,
+        prompts=rows // GROUP_SIZE,
+        group_size=GROUP_SIZE,
+        prompt_tokens=4 if quick else 32,
+        completion_tokens=8 if quick else 64,
+        warmup=1 if quick else 2,
+        repetitions=repetitions or (1 if quick else 3),
+        threads=threads,
+    )
+    generate = dataclasses.replace(step, kind="generate")
+    startup = dataclasses.replace(step, kind="startup", warmup=0, repetitions=1)
+    logprobs = dataclasses.replace(
+        step,
+        kind="logprobs",
+        model=dataclasses.replace(step.model, vocab_size=512 if quick else 151_936),
+        prompts=1,
+        completion_tokens=16 if quick else 480,
+        warmup=1,
+    )
+    return {
+        "generate": generate,
+        "generate_large": dataclasses.replace(generate, prompts=4 * step.prompts),
+        "train": dataclasses.replace(step, kind="train"),
+        "step": step,
+        "step_kl": dataclasses.replace(step, kl_coef=0.04),
+        "logprobs": logprobs,
+        "logprobs_backward": dataclasses.replace(logprobs, kind="logprobs_backward"),
+        "startup": startup,
+        "startup_again": startup,
+    }
 
 
 def words(rows: int, length: int, vocab_size: int, seed: int) -> list[list[int]]:

@@ -9,7 +9,7 @@ import pytest
 import tokenizers
 import transformers
 
-from tapojax.tasks import files
+from tapojax.tasks.files import files
 
 TEMPLATE = (
     "{%- if messages[0].role != 'system' %}{{- '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{%- endif %}"
@@ -60,7 +60,7 @@ def task(tokenizer_path, rows_path):
 
 
 def make(tokenizer_path, train_path="", *, max_prompt_tokens=400, **kwargs):
-    return files.files(
+    return files(
         seed=0, max_prompt_tokens=max_prompt_tokens, tokenizer_path=tokenizer_path, train_path=train_path, **kwargs
     )
 
@@ -186,15 +186,6 @@ def test_an_answer_that_cannot_be_graded_is_nan_with_its_error(task):
     scores, errors = task.score([broken, task.train[0]], ["\\boxed{7}", "\\boxed{7}"])
     np.testing.assert_array_equal(scores["correct"], [np.nan, 1])
     assert "gold answer" in errors[0] and errors[1] is None
-
-
-def test_a_pool_of_ones_own(tokenizer_path, rows_path):
-    task = make(tokenizer_path, rows_path, workers=1, deadline_s=30.0, **KEYS)
-    try:
-        scores, _ = task.score([task.train[2]] * 2, ["\\boxed{2^{-2}}", "\\boxed{x^2}"])
-        np.testing.assert_array_equal(scores["correct"], [1, 0])
-    finally:
-        task.close()
 
 
 def test_demonstrations_end_in_the_boxed_answer(task):
