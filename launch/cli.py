@@ -45,8 +45,16 @@ def _parse_flags(argv):
     try:
         return flags.FLAGS(argv)
     except (AttributeError, KeyError, TypeError, ValueError, OSError, flags.Error) as error:  # from --config.x=y
-        # a KeyError's own text is a quotation of its message
-        sys.exit(f"error: {' '.join(str(error.args[0]).split()) if isinstance(error, KeyError) else error}")
+        sys.exit(f"error: {_said(error)}")
+
+
+def _said(error: Exception) -> str:
+    """The message; an unknown key comes as KeyError, whose text is a quotation, sometimes inside an AttributeError."""
+    while error.args and isinstance(error.args[0], Exception):
+        error = error.args[0]
+    if not isinstance(error, KeyError):
+        return str(error)
+    return f"no such config key: {' '.join(str(error.args[0]).split())} (all keys are in configs/base.py)"
 
 
 def cache_compilations():

@@ -80,8 +80,8 @@ def restore_newest(manager: ocp.CheckpointManager, like: Any) -> tuple[int, Any,
             )
     if problems:
         raise ValueError(
-            f"no checkpoint in {manager.directory} can be read: {'; '.join(problems)}. If the model's shape was changed, "
-            "use another --workdir; if the files are damaged, delete the folder to start anew."
+            f"no checkpoint in {manager.directory} can be read: {'; '.join(problems)}. If the model's shape was "
+            "changed, use another --workdir; if the files are damaged, delete the folder to start anew."
         )
     return None
 

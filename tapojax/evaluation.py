@@ -1,5 +1,6 @@
 """How good is a policy: unbiased pass@k, avg@k, maj@k, with confidence intervals over problems."""
 
+import operator
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -128,8 +129,8 @@ def evaluate(
             group_size=samples,
             sampling=sampling,
         )
-        rollout = jax.tree.map(lambda x, rows=len(chosen) * samples: x[:rows], rollout)
         rows = [example for example in chosen for _ in range(samples)]
+        rollout = jax.tree.map(operator.itemgetter(slice(len(rows))), rollout)
         completions = collect.decode(task.tokenizer, rollout)
         scores, errors = task.score(rows, completions)
         records += [
@@ -150,7 +151,7 @@ def evaluate(
 
 
 def summarise(records: Sequence[dict], samples: int, channels: Sequence[str]) -> dict:
-    """pass@k for the powers of two up to `samples`, avg@k, maj@k, channel means, lengths, truncation and error counts."""
+    """pass@k for the powers of two up to `samples`, avg@k, maj@k, channel means, lengths, truncation, error counts."""
     table = {name: np.array([r[name] for r in records]).reshape(-1, samples) for name in channels}
     correct = table["correct"]
     scored = np.sum(~np.isnan(correct), axis=1)

@@ -89,7 +89,9 @@ def test_tensorboard_gets_the_numbers(tmp_path):
     metrics.append(log, "rollouts", {"step": 4, "correct": 1.0})
     log.tensorboard.close()
     (events,) = (tmp_path / "tensorboard").iterdir()
-    found = {value.tag: (event.step, value.simple_value) for event in read_events(events) for value in event.summary.value}
+    found = {}
+    for event in read_events(events):
+        found |= {value.tag: (event.step, value.simple_value) for value in event.summary.value}
     assert found == {"metrics/accuracy": (4, 0.25)}
 
 

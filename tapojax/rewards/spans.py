@@ -94,7 +94,7 @@ def _json(text: str, start: int) -> Span | None:
 
 def _bare(text: str, start: int) -> Span | None:
     line = text[start:].strip()
-    if not line or len(line) > MAX_BARE or "\n" in line:
+    if not line or len(line) > MAX_BARE or "\n" in line or "boxed" in line:
         return None
     prose = " " in line and re.search(r"[^\W\d_]{3}", re.sub(r"\\[a-zA-Z]+(?:\{[a-zA-Z* ]*\})?", "", line))
     return None if prose else (start, len(text))

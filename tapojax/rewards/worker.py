@@ -68,22 +68,22 @@ def _linux_mb(name: str) -> float:
         return next(int(line.split()[1]) for line in lines if line.startswith(name)) / 2**10
 
 
-def _reply(function, item, memory_mb: int, peak_limit_mb: float) -> dict:
+def _reply(function, item, memory_mb: int, ready_mb: float) -> dict:
     try:
         reply = {"value": function(item)}
     except MemoryError:
         reply = {"error": f"out of memory: the limit is {memory_mb} MB"}
     except Exception as error:
         reply = {"error": f"{type(error).__name__}: {error}"[:MAX_ERROR]}
-    if peak_mb() > peak_limit_mb:
-        reply = {"error": f"out of memory: the item took {peak_mb():.0f} MB, the limit is {memory_mb} MB"}
+    if (growth_mb := peak_mb() - ready_mb) > memory_mb / 4:
+        reply = {"error": f"out of memory: the item took at least {growth_mb:.0f} MB, the limit is {memory_mb} MB"}
     return reply
 
 
 def _serve(connection: socket.socket, factory: str, memory_mb: int) -> None:
     module, name = factory.split(":")
     function = vars(importlib.import_module(module))[name]()
-    peak_limit_mb = peak_mb() + memory_mb / 4
+    ready_mb = peak_mb()
     if sys.platform == "linux":  # macOS does not enforce it
         limit = int(_linux_mb("VmSize") + memory_mb) * 2**20
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
@@ -96,11 +96,11 @@ def _serve(connection: socket.socket, factory: str, memory_mb: int) -> None:
             return  # the parent is gone
         send(connection, {"taken": True})
         signal.setitimer(signal.ITIMER_REAL, request["deadline_s"] + GRACE_S)
-        reply = _reply(function, request["item"], memory_mb, peak_limit_mb)
+        reply = _reply(function, request["item"], memory_mb, ready_mb)
         signal.setitimer(signal.ITIMER_REAL, 0)
         connection.settimeout(None)
         send(connection, reply)
-        if peak_mb() > peak_limit_mb - memory_mb / 8:
+        if peak_mb() - ready_mb > memory_mb / 8:
             return  # the next item deserves a fresh process
 
 

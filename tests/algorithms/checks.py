@@ -2,6 +2,7 @@
 mutants that must each break one."""
 
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,13 +13,28 @@ from launch import build
 from tapojax import policy, sharding, train_step
 from tapojax.models import decoder
 from tapojax.models.config import DecoderConfig
-from tapojax.types import Algorithm, Rollout
+from tapojax.types import Algorithm, Rollout, TokenStats
 
 GROUP_SIZE, PROMPTS, MAX_TOKENS, PAD, EOS, VOCAB = 4, 4, 8, 0, 1, 24
 MODEL = DecoderConfig(VOCAB, 32, 48, 2, 4, 2, 8, qkv_bias=True, tie_embeddings=True, initializer_range=0.4)
-PARAMS = decoder.init(MODEL, jax.random.key(0))
-SCORE = policy.make_score(MODEL, max_scored=MAX_TOKENS)
 OPTIMIZER = optax.sgd(1.0)  # the new parameters are the old ones minus the gradient
+
+
+class Policy(NamedTuple):
+    score: policy.Score
+    params: Any
+
+
+def _bigram_score(params, tokens, mask):
+    """To an algorithm any function of this signature is a policy: here a table, which compiles in no time."""
+    log_p = jax.nn.log_softmax(params["embedding"][tokens[:, :-1]])
+    chosen = jnp.take_along_axis(log_p, tokens[:, 1:, None], axis=-1)[..., 0]
+    entropies = -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
+    return TokenStats(*(jnp.where(mask, jnp.pad(x, ((0, 0), (1, 0))), 0) for x in (chosen, entropies)))
+
+
+BIGRAM = Policy(_bigram_score, {"embedding": jax.random.normal(jax.random.key(0), (VOCAB, VOCAB))})
+DECODER = Policy(policy.make_score(MODEL, max_scored=MAX_TOKENS), decoder.init(MODEL, jax.random.key(0)))
 
 
 def rollout(*, pad: int = PAD, seed: int = 0, extra: int = 0) -> Rollout:
@@ -36,7 +52,7 @@ def rollout(*, pad: int = PAD, seed: int = 0, extra: int = 0) -> Rollout:
         if not truncated[i]:
             tokens[i, end - 1] = EOS
         mask[i, prompt:end] = True
-    logprobs = np.array(SCORE(PARAMS, jnp.asarray(tokens), jnp.asarray(mask)).logprobs)
+    logprobs = np.array(BIGRAM.score(BIGRAM.params, jnp.asarray(tokens), jnp.asarray(mask)).logprobs)
     noise = rng.normal(0, 0.1, (rows, 6 + MAX_TOKENS)) if extra == 0 else np.zeros((rows, length))
     behaviour = np.where(mask, logprobs + noise, 0).astype(np.float32)
     return Rollout(tokens, mask, behaviour, behaviour, prompt_lengths, truncated, np.zeros(rows, np.int32))
@@ -52,9 +68,9 @@ def widen(x, columns: int, value=0):
     return np.pad(x, ((0, 0), (0, columns)), constant_values=value)
 
 
-def batch_of(algorithm: Algorithm, rows: Rollout, row_scores: dict, *, off_policy: bool = True):
+def batch_of(algorithm: Algorithm, rows: Rollout, row_scores: dict, *, off_policy: bool = True, actor: Policy = BIGRAM):
     """The batch as the training loop makes it; off_policy: old log-probs of a policy a few updates back."""
-    old = SCORE(PARAMS, jnp.asarray(rows.tokens), jnp.asarray(rows.mask))
+    old = actor.score(actor.params, jnp.asarray(rows.tokens), jnp.asarray(rows.mask))
     if off_policy:
         drift = np.random.default_rng(7).normal(0, 0.3, (PROMPTS * GROUP_SIZE, 6 + MAX_TOKENS)).astype(np.float32)
         drift = np.where(rows.mask, widen(drift, rows.mask.shape[1] - drift.shape[1]), 0)
@@ -65,18 +81,24 @@ def batch_of(algorithm: Algorithm, rows: Rollout, row_scores: dict, *, off_polic
     )
 
 
-def gradient(algorithm: Algorithm, batch, *, microbatches: int = 1, mesh=None):
+@functools.cache
+def _compiled(score, loss, weights, microbatches: int):
+    algorithm = Algorithm(GROUP_SIZE, advantages=lambda *_: None, loss=loss, weights=weights)
+    return jax.jit(train_step.make_train_step(score, algorithm, OPTIMIZER, microbatches=microbatches))
+
+
+def gradient(algorithm: Algorithm, batch, *, microbatches: int = 1, mesh=None, actor: Policy = BIGRAM):
     """(loss, gradient) of one train step."""
-    step = jax.jit(train_step.make_train_step(SCORE, algorithm, OPTIMIZER, microbatches=microbatches))
+    step = _compiled(actor.score, algorithm.loss, algorithm.weights, microbatches)
     if mesh is None:
-        state = train_step.init_state(algorithm, OPTIMIZER, PARAMS)
+        state = train_step.init_state(algorithm, OPTIMIZER, actor.params)
         after, metrics = step(state, batch)
     else:
         with jax.set_mesh(mesh):
-            state = build.fresh_state(algorithm, OPTIMIZER, PARAMS, mesh)
+            state = build.fresh_state(algorithm, OPTIMIZER, actor.params, mesh)
             after, metrics = step(state, sharding.shard_batch(batch, mesh))
     assert float(metrics["nonfinite"]) == 0
-    return float(metrics["loss"]), jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), PARAMS, after.params)
+    return float(metrics["loss"]), jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), actor.params, after.params)
 
 
 def assert_same(got, want, what: str, tolerance: float = 2e-5):
@@ -111,11 +133,12 @@ def padding(algorithm: Algorithm):
     )
 
 
-def devices(algorithm: Algorithm):
-    batch = batch_of(algorithm, rollout(), scores())
-    one = gradient(algorithm, batch)
+def devices(algorithm: Algorithm, actor: Policy = BIGRAM):
+    batch = batch_of(algorithm, rollout(), scores(), actor=actor)
+    one = gradient(algorithm, batch, actor=actor)
     for axes in ({"data": 2}, {"fsdp": 4}, {"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 8}):
-        assert_same(gradient(algorithm, batch, mesh=sharding.make_mesh(**axes)), one, f"mesh {axes}")
+        got = gradient(algorithm, batch, mesh=sharding.make_mesh(**axes), actor=actor)
+        assert_same(got, one, f"mesh {axes}")
 
 
 def equal_rewards(algorithm: Algorithm):
@@ -167,7 +190,7 @@ def unscored_row(algorithm: Algorithm):
 def single_update_needs_no_old_pass(algorithm: Algorithm):
     """old_logprobs=None and the same log-probs given from outside are one and the same step."""
     rows = rollout()
-    old = SCORE(PARAMS, jnp.asarray(rows.tokens), jnp.asarray(rows.mask)).logprobs
+    old = BIGRAM.score(BIGRAM.params, jnp.asarray(rows.tokens), jnp.asarray(rows.mask)).logprobs
     batch = batch_of(algorithm, rows, scores(), off_policy=False)
     assert batch.old_logprobs is None
     assert_same(

@@ -1,5 +1,7 @@
 """Law 2 over every entry of the algorithm table, and mutants that show that each check can fail."""
 
+import functools
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ KNOBS = {"grpo": [{}, {"kl_coef": 0.1, "dual_clip": 3.0}], "dapo": [{}, {"overlo
 CASES = [(name, knobs) for name in ALGORITHMS for knobs in KNOBS.get(name, [{}])]
 
 
+@functools.cache
 def build(name, **knobs):
     return sections.build(
         ALGORITHMS, {"name": name, **knobs}, "algorithm", group_size=checks.GROUP_SIZE, max_tokens=checks.MAX_TOKENS
@@ -25,6 +28,16 @@ def test_promise(check, name, knobs):
     if check is checks.equal_rewards and knobs:
         pytest.skip("a KL term or a length penalty is a gradient of its own")
     check(build(name, **knobs))
+
+
+def test_the_decoder_keeps_the_promises_too():
+    """The rest of the suite takes a bigram table for a policy; once with the real one, on all meshes and splits."""
+    algorithm = build("dapo")
+    checks.devices(algorithm, actor=checks.DECODER)
+    batch = checks.batch_of(algorithm, checks.rollout(), checks.scores(), actor=checks.DECODER)
+    whole = checks.gradient(algorithm, batch, actor=checks.DECODER)
+    split = checks.gradient(algorithm, batch, microbatches=4, actor=checks.DECODER)
+    checks.assert_same(split, whole, "4 micro-batches")
 
 
 # Mutants: each is a mistake that a published trainer has made. A check must notice.

@@ -41,6 +41,7 @@ EXTRACTIONS = [
     (r"\boxed 5", "5"),
     (r"\boxed{12} and then \boxed{never closed", "12"),
     (r"\boxed{never closed", None),
+    (r"\boxed{42", None),
     (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
     (r"\boxed{\left\{ x \mid x > 2 \right.}", r"\left\{ x \mid x > 2 \right."),
     (r"an open { brace, then \boxed{3}", "3"),
@@ -138,8 +139,11 @@ FLOODS = {
 def test_a_megabyte_of_anything_is_wrong_in_linear_time(flood, workers):
     start = time.monotonic()
     assert answers.grade([flood], ["42"], workers=workers) == [(False, None)]
-    assert answers.grade([flood + r"\boxed{42}"], ["42"], workers=workers)[0].correct is ("<think>" != flood[-7:])
     assert time.monotonic() - start < 5, "the time is not linear in the length of the completion"
+
+
+def test_an_answer_behind_a_megabyte_of_open_boxes_is_found(workers):
+    assert answers.grade([FLOODS["open boxes"] + box(42)], ["42"], workers=workers) == [(True, None)]
 
 
 EQUAL = [
@@ -178,7 +182,6 @@ EQUAL = [
     ("(3, \\frac{\\pi}{2})", "(3,pi/2)"),
     ("2x+3", "3+2x"),
     ("x^2+y^2=1", "2x^2+2y^2=2"),
-    ("x=2", "4x=8"),
     (r"\infty", "+\\infty"),
     ("(x-1)(x+1)", "x^2-1"),
     ("1,2,3", "3, 1, 2"),
@@ -297,15 +300,13 @@ def test_a_gold_answer_that_cannot_be_parsed_still_equals_itself(workers):
 HEALTHY = [(box(r"\frac{x}{2}"), "x/2", True), (box("2x"), "x", False)]
 
 
-@pytest.mark.parametrize(
-    "prediction", [TOWER, r"(10^{9})!", r"\binom{1000000000}{500000000}", "5" + "!" * 500, r"\sin" * 150 + " 1"]
-)
+@pytest.mark.parametrize("prediction", [TOWER, r"\binom{1000000000}{500000000}", r"\sin" * 150 + " 1"])
 def test_an_answer_that_hangs_the_grader_is_an_error_and_the_others_keep_their_verdicts(prediction, workers):
     completions = [HEALTHY[0][0], box(prediction), HEALTHY[1][0], HEALTHY[0][0]]
     start = time.monotonic()
-    grades = answers.grade(completions, ["x/2", "5", "x", "x/2"], deadline_s=0.8, workers=workers)
+    grades = answers.grade(completions, ["x/2", "5", "x", "x/2"], deadline_s=1.0, workers=workers)
     assert time.monotonic() - start < 8
-    assert grades[1].correct is None and "deadline of 0.8 s" in grades[1].error
+    assert grades[1].correct is None and "deadline of 1 s" in grades[1].error
     assert [g for i, g in enumerate(grades) if i != 1] == [(True, None), (False, None), (True, None)]
 
 
@@ -322,7 +323,7 @@ def test_a_worker_killed_in_the_middle_of_an_answer_costs_that_answer_only():
 
 def test_an_answer_that_eats_memory_is_an_error():
     with pool.Pool(answers.CHECKER, workers=1, memory_mb=64) as small:
-        grades = answers.grade([box("2^{10^{9}}"), HEALTHY[0][0]], ["5", "x/2"], deadline_s=30, workers=small)
+        grades = answers.grade([box("[0, 2^{10^{9}}]"), HEALTHY[0][0]], ["[0,1]", "x/2"], deadline_s=30, workers=small)
     assert grades[0].correct is None and "out of memory" in grades[0].error
     assert grades[1] == (True, None)
 
@@ -403,7 +404,7 @@ def test_agreement_with_the_verdicts_of_public_graders(workers):
     """On the cases where three of four semantic graders agree. Where we differ on purpose is listed in the table."""
     lines = (CASES / "verdicts.jsonl").read_text("utf-8").splitlines()
     cases = [case for case in map(json.loads, lines) if isinstance(case["gold"], str) and case["kind"] != "choice"]
-    grades = answers.grade([_completion(c) for c in cases], [c["gold"] for c in cases], deadline_s=2.0, workers=workers)
+    grades = answers.grade([_completion(c) for c in cases], [c["gold"] for c in cases], deadline_s=4.0, workers=workers)
     table = collections.Counter()
     for case, verdict in zip(cases, grades, strict=True):
         core = "core" if case["core"] else "other"

@@ -106,8 +106,8 @@ def test_one_round():
 
 
 def test_refills_until_p_groups_are_kept_in_order():
-    calls = []
-    part = run(batches_of("aBcD", "efGh", "IjKL", "MNOP"), fake_task(mixed), dapo(group_size=GROUP, max_tokens=3), calls=calls)
+    calls, algorithm = [], dapo(group_size=GROUP, max_tokens=3)
+    part = run(batches_of("aBcD", "efGh", "IjKL", "MNOP"), fake_task(mixed), algorithm, calls=calls)
     assert ids(part) == "BDGI", "kept groups in the order they came, the surplus of the last round left out"
     assert len(calls) == 3, "no round more than needed"
     assert part.completions == ["B0", "B1", "D0", "D1", "G0", "G1", "I0", "I1"]
@@ -123,7 +123,8 @@ def test_the_same_key_collects_the_same():
     first, second = ([], [])
     for calls in (first, second):
         run(batches_of("aB", "Cd", "EF"), fake_task(mixed), dapo(group_size=GROUP, max_tokens=3), calls=calls)
-    assert all((jax.random.key_data(a["key"]) == jax.random.key_data(b["key"])).all() for a, b in zip(first, second, strict=True))
+    for a, b in zip(first, second, strict=True):
+        np.testing.assert_array_equal(jax.random.key_data(a["key"]), jax.random.key_data(b["key"]))
 
 
 def test_a_full_first_round_takes_the_rows_as_they_are():
@@ -134,13 +135,14 @@ def test_a_full_first_round_takes_the_rows_as_they_are():
 def test_max_rounds_says_what_was_found():
     with pytest.raises(ValueError) as error:
         run(batches_of("aB", "cd"), fake_task(mixed), dapo(group_size=GROUP, max_tokens=3), max_rounds=4)
-    assert "step 3: 4 rounds of 2 prompts gave 1 groups worth keeping (share of the last rounds [0.0, 0.0, 0.0])" in str(error.value)
+    assert "step 3: 4 rounds of 2 prompts gave 1 groups worth keeping" in str(error.value)
+    assert "(share of the last rounds [0.0, 0.0, 0.0])" in str(error.value)
     assert "raise collect.max_rounds, or turn dynamic sampling off" in str(error.value)
 
 
 def test_a_missing_channel_stops_the_run():
     algorithm = grpo(group_size=GROUP)._replace(needs=frozenset({"correct", "process", "flawed"}))
-    with pytest.raises(ValueError, match=r"needs the score channels \['flawed', 'process'\], the task gives \['correct'\]"):
+    with pytest.raises(ValueError, match=r"score channels \['flawed', 'process'\], the task gives \['correct'\]"):
         run(batches_of("AB"), fake_task(right), algorithm)
 
 
@@ -207,7 +209,8 @@ def test_the_inject_slot_replaces_rows_scores_and_texts():
     np.testing.assert_array_equal(part.rollout.source, [0, 2, 0, 0])
     assert part.sampled_tokens == 12, "what was injected was not sampled"
     (scores, prompts, key), *rest = seen
-    assert not rest and list(prompts.tokens) == [[81, 65], [81, 66]] and jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key)
+    assert not rest and list(prompts.tokens) == [[81, 65], [81, 66]]
+    assert scores.keys() == {"correct"} and jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key)
 
 
 def test_the_temperature_slot_reaches_the_engine():

@@ -12,7 +12,8 @@ import transformers
 from tapojax.tasks.files import files
 
 TEMPLATE = (
-    "{%- if messages[0].role != 'system' %}{{- '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{%- endif %}"
+    "{%- if messages[0].role != 'system' %}"
+    "{{- '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{%- endif %}"
     "{%- for m in messages %}{{- '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
 )
@@ -83,11 +84,11 @@ def test_evaluation_rows_come_from_their_own_file(tokenizer_path, rows_path, tmp
     task = make(tokenizer_path, rows_path, evaluation_path=str(path), **KEYS)
     assert len(task.train) == 3
     (example,) = task.evaluation
-    assert example == {"id": "held_out.jsonl/0", "problem": "0?", "answer": "0", "solution": ""}, "an answer of 0 is one"
+    assert example == {"id": "held_out.jsonl/0", "problem": "0?", "answer": "0", "solution": ""}, "0 is an answer"
 
 
 def test_a_missing_column_is_named(tokenizer_path, rows_path):
-    with pytest.raises(ValueError, match=r"rows.jsonl, row 1: no value for \['problem', 'answer'\]; it has \['final', 'id'"):
+    with pytest.raises(ValueError, match=r"rows.jsonl, row 1: no value for \['problem', 'answer'\]; it has \['final'"):
         make(tokenizer_path, rows_path)
 
 

@@ -1,0 +1,92 @@
+"""A config section is its constructor's keyword arguments: no key is inert, and a wrong one is named."""
+
+import inspect
+
+import pytest
+from ml_collections import ConfigDict
+
+from configs import base
+from launch import sections
+from tapojax.algorithms import ALGORITHMS
+from tapojax.tasks import TASKS
+
+GIVEN = {"group_size", "max_tokens", "seed", "max_prompt_tokens"}  # stated elsewhere in the config
+
+
+def a_constructor(*, group_size, clip=0.2, names=("a",), flag=False):
+    return group_size, clip, names, flag
+
+
+TABLE = {"first": a_constructor, "second": lambda *, max_tokens: max_tokens}
+
+
+def build(section, **given):
+    return sections.build(TABLE, section, "thing", **given)
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_algorithm_defaults_are_the_constructors_own(name):
+    parameters = inspect.signature(ALGORITHMS[name]).parameters
+    section = sections.algorithm_defaults(name)
+    assert section.name == name
+    assert set(section) - {"name"} == parameters.keys() - GIVEN
+    assert all(section[key] == parameters[key].default for key in section if key != "name")
+    algorithm = sections.build(ALGORITHMS, section, "algorithm", group_size=4, max_tokens=8)
+    assert algorithm.group_size == 4
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_task_defaults_are_the_constructors_own(name):
+    assert set(sections.task_defaults(name)) - {"name"} == inspect.signature(TASKS[name]).parameters.keys() - GIVEN
+
+
+def test_build_passes_the_sections_keys_and_what_is_given():
+    assert build({"name": "first", "clip": 0.3}, group_size=8, max_tokens=99) == (8, 0.3, ("a",), False)
+    assert build(ConfigDict({"name": "second"}), group_size=8, max_tokens=99) == 99
+    section = ConfigDict({"name": "first", "names": ("b", "c")})
+    assert build(section, group_size=1)[2] == ("b", "c") and section.name == "first", "the section is not changed"
+
+
+def test_an_unknown_key_is_named_with_the_nearest():
+    with pytest.raises(ValueError, match=r"thing.clpi: first has no such option \(did you mean 'clip'\?\)"):
+        build({"name": "first", "clpi": 0.3}, group_size=1)
+    with pytest.raises(ValueError, match="thing.temperature: first has no such option$"):
+        build({"name": "first", "temperature": 0.3}, group_size=1)
+
+
+def test_a_key_that_is_stated_elsewhere_is_refused():
+    with pytest.raises(ValueError, match="thing.group_size"):
+        build({"name": "first", "group_size": 3}, group_size=1)
+
+
+def test_a_key_of_another_algorithm_is_refused():
+    section = sections.algorithm_defaults("gspo")
+    section.kl_coef = 0.1
+    with pytest.raises(ValueError, match="algorithm.kl_coef: gspo has no such option"):
+        sections.build(ALGORITHMS, section, "algorithm", group_size=4, max_tokens=8)
+
+
+def test_an_unknown_name_is_told_the_nearest():
+    with pytest.raises(ValueError, match=r"no algorithm is called 'drgrpo' \(did you mean 'dr_grpo'\?\); there are"):
+        sections.algorithm_defaults("drgrpo")
+    with pytest.raises(ValueError, match=r"no task is called 'xyz'; there are"):
+        sections.task_defaults("xyz")
+
+
+def test_every_key_of_a_config_must_be_read():
+    known = base.get_config()
+    sections.check_keys(base.get_config(), known)
+    config = base.get_config()
+    config.train.minibatchs = 4
+    with pytest.raises(ValueError, match=r"config key train.minibatchs is .* nothing \(did you mean 'minibatches'\?\)"):
+        sections.check_keys(config, known)
+    config = base.get_config()
+    config.optimiser = ConfigDict({"learning_rate": 1.0})
+    with pytest.raises(ValueError, match=r"config key optimiser is read by nothing \(did you mean 'optimizer'\?\)"):
+        sections.check_keys(config, known)
+
+
+def test_a_config_with_keys_of_another_algorithm_is_refused():
+    config = base.get_config(algorithm="dapo")
+    with pytest.raises(ValueError, match=r"config key algorithm\.\w+ is read by nothing"):
+        sections.check_keys(config, base.get_config(algorithm="gspo"))
