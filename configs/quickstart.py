@@ -6,14 +6,16 @@ Shao et al., arXiv 2402.03300. 0.56 M parameters, 2 CPU cores, about 2 minutes. 
 answer, often a wrong one; 40 % of them work digit by digit. Reinforcement finds that working pays: held-out pass@1
 rises from about .3 to above .8 while completions grow to twice their length.
 
-`:quicktest` runs all of it in well under a minute, too short to learn much.
+`:gspo` or another name of the algorithm table trains with that one. `:quicktest` runs all of it in well under a
+minute, too short to learn much.
 """
 
 from configs import base
+from tapojax.algorithms import ALGORITHMS
 
 
 def get_config(mode: str = ""):
-    c = base.get_config(algorithm="grpo", task="arithmetic")
+    c = base.get_config(algorithm=mode if mode in ALGORITHMS else "grpo", task="arithmetic")
     c.steps = 40
     c.prompts_per_step = 16
     c.group_size = 8
@@ -23,7 +25,6 @@ def get_config(mode: str = ""):
     c.sampling.max_prompt_tokens = 8
     c.sampling.max_tokens = 24
 
-    c.algorithm.clip_high = 0.28
     c.optimizer.learning_rate = 2e-4
     c.optimizer.warmup_updates = 5
     c.optimizer.schedule = "linear"
@@ -36,6 +37,6 @@ def get_config(mode: str = ""):
     c.evaluation.every = 5
     if mode == "quicktest":
         c.steps, c.task.evaluation_size, c.sft.updates, c.sft.warmup_updates = 3, 32, 20, 5
-    elif mode:
-        raise ValueError(f"configs/quickstart.py:{mode} is unknown: leave it out or say :quicktest")
+    elif mode and mode not in ALGORITHMS:
+        raise ValueError(f"configs/quickstart.py:{mode} is unknown: say :quicktest or one of {sorted(ALGORITHMS)}")
     return c

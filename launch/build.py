@@ -102,8 +102,8 @@ def model(section, tokenizer) -> DecoderConfig:
         config = huggingface.read_config(section.path)
         if config.vocab_size < len(tokenizer):
             raise ValueError(
-                f"the model at {section.path} has {config.vocab_size} tokens, the tokenizer {len(tokenizer)}: they do not "
-                "belong together; set task.tokenizer_path to the model's own folder"
+                f"the model at {section.path} has {config.vocab_size} tokens, the tokenizer {len(tokenizer)}: they do "
+                "not belong together; set task.tokenizer_path to the model's own folder"
             )
     else:
         preset = sections.choose(presets.PRESETS, section.preset, "model preset")
@@ -198,8 +198,9 @@ def check_rows(config):
     parts = config.train.minibatches * config.train.microbatches * ways
     if rows % parts:
         raise ValueError(
-            f"prompts_per_step * group_size = {rows} rows do not divide into train.minibatches={config.train.minibatches} "
-            f"x train.microbatches={config.train.microbatches} x {ways} devices (mesh.data * mesh.fsdp)"
+            f"prompts_per_step * group_size = {rows} rows do not divide into "
+            f"train.minibatches={config.train.minibatches} x train.microbatches={config.train.microbatches} x {ways} "
+            "devices (mesh.data * mesh.fsdp)"
         )
     if config.prompts_per_step % ways:
         raise ValueError(

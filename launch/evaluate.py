@@ -1,7 +1,7 @@
 """How good is a policy on held-out problems: pass@k, avg@k, maj@k with 95 % intervals, as JSON and as a table.
 
     python -m launch.evaluate --config=configs/quickstart.py --workdir=runs/mine
-    python -m launch.evaluate --config=configs/gsm8k.py --config.model.path=Qwen2.5-Math-1.5B --config.evaluation.samples=8
+    python -m launch.evaluate --config=configs/gsm8k.py --config.model.path=Qwen2.5-Math-1.5B
 
 With --workdir the run's newest checkpoint is evaluated (--policy=initial: what it started from), without it the
 model at model.path. Any key may be overridden: another evaluation_path, more samples, another temperature.

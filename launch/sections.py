@@ -10,13 +10,6 @@ from ml_collections import ConfigDict
 from tapojax.algorithms import ALGORITHMS
 from tapojax.tasks import TASKS
 
-GIVEN = (
-    "seed",
-    "group_size",
-    "max_tokens",
-    "max_prompt_tokens",
-)  # stated elsewhere in the config, passed on to whoever asks
-
 
 def algorithm_defaults(name: str) -> ConfigDict:
     return _defaults(name, choose(ALGORITHMS, name, "algorithm"))
@@ -70,8 +63,15 @@ def check_keys(config: Mapping[str, Any], known: Mapping[str, Any], prefix: str 
     """
     for key, value in config.items():
         if key not in known:
+            whose = f" by {known['name']}" if "name" in known else ""
             raise ValueError(
-                f"config key {prefix}{key} is read by nothing{suggestion(key, known)}; see configs/base.py"
+                f"config key {prefix}{key} is not read{whose}{suggestion(key, known)}; all keys are in "
+                "configs/base.py; a config file chooses algorithm and task by base.get_config(algorithm=..., task=...)"
             )
-        if isinstance(value, Mapping | ConfigDict):
+        sections = [isinstance(x, Mapping | ConfigDict) for x in (value, known[key])]
+        if sections[0] != sections[1]:
+            raise ValueError(
+                f"config key {prefix}{key}={value!r}: expected {'a section' if sections[1] else 'a value'}"
+            )
+        if all(sections):
             check_keys(value, known[key], f"{prefix}{key}.")

@@ -150,9 +150,8 @@ def stop_if_diverged(skipped: int, history, step: int, limit: int) -> int:
         print(f"warning: step {step + 1}: loss or gradient not finite, {skipped} updates in a row left out", flush=True)
     if skipped > limit:
         raise ValueError(
-            f"step {step + 1}: loss or gradient was not finite in {skipped} updates in a row (train.max_nonfinite={limit}); "
-            "parameters were left as they were. Lower optimizer.learning_rate, or resume from the last checkpoint "
-            "with model.dtype=float32"
+            f"step {step + 1}: loss or gradient was not finite in {skipped} updates in a row (train.max_nonfinite="
+            f"{limit}); parameters were left as they were. Lower optimizer.learning_rate, or try model.dtype=float32"
         )
     return skipped
 

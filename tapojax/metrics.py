@@ -53,6 +53,7 @@ def append(log: Log, name: str, record: Mapping):
         file.write(json.dumps(clean) + "\n")
     if log.tensorboard is not None and name != "rollouts":
         for key, value in clean.items():
+            value = value.get("mean") if isinstance(value, dict) else value
             if isinstance(value, float | int) and key != "step":
                 log.tensorboard.add_scalar(f"{name}/{key}", value, clean["step"])
         log.tensorboard.flush()

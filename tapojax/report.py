@@ -24,7 +24,9 @@ def results_table(results: Mapping) -> str:
         for name, value in results.items()
         if isinstance(value, dict) and "mean" in value
     ]
-    rows += [f"| {name} | {value:.3f} |" for name, value in results.items() if isinstance(value, float) and name != "seconds"]
+    rows += [
+        f"| {name} | {value:.3f} |" for name, value in results.items() if isinstance(value, float) and name != "seconds"
+    ]
     title = f"| {results['policy']}, {results['problems']} problems x {results['samples']} samples | |"
     return "\n".join([title, "|---|---|", *rows, f"| errors | {results['errors']} |"])
 

@@ -38,13 +38,14 @@ def make_mesh(*, data: int = 1, fsdp: int = 1, tensor: int = 1, context: int = 1
     if needed > len(devices):
         raise ValueError(
             f"mesh {dict(zip(AXES, shape, strict=True))} needs {needed} devices, this process sees {len(devices)} "
-            f"({devices[0].platform}): lower mesh.*, or for a trial set XLA_FLAGS=--xla_force_host_platform_device_count={needed}"
+            f"({devices[0].platform}): lower mesh.*, or for a trial set "
+            f"XLA_FLAGS=--xla_force_host_platform_device_count={needed}"
         )
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[:needed])
 
 
 def spec_for(path: str, shape: tuple[int, ...], mesh: Mesh, rules=RULES) -> P:
-    """The first rule that matches; an axis that does not divide its dimension is dropped (the leaf is replicated there)."""
+    """The first rule that matches; an axis that does not divide its dimension is dropped."""
     spec = next(spec for pattern, spec in rules if re.search(pattern, path))
     axes = [axis if axis and dim % mesh.shape[axis] == 0 else None for axis, dim in zip(spec, shape, strict=False)]
     return P(*axes)

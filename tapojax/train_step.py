@@ -14,7 +14,7 @@ from tapojax.types import Algorithm, Batch, Rollout, Scores, TokenStats, TrainSt
 
 
 def init_state(algorithm: Algorithm, optimizer: optax.GradientTransformation, params) -> TrainState:
-    """A fresh state; run it inside one jit with out_shardings, since a separate optimizer.init would replicate moments."""
+    """A fresh state; run it in one jit with out_shardings: optimizer.init by itself would replicate moments."""
     return TrainState(jnp.int32(0), params, optimizer.init(params), algorithm.carry)
 
 

@@ -18,8 +18,9 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Bool, Float, Int
 
+Array = Any  # numpy on the host, jax inside jit
 Params = Any  # a nested dict of arrays
 Example = Mapping[str, Any]  # one problem: at least id, problem, answer
 Scores = Mapping[str, Float[Array, "B"]]  # channel name -> one score a row, NaN where there is none

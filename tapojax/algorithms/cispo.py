@@ -11,7 +11,7 @@ from tapojax.types import Algorithm
 
 
 def cispo(*, group_size: int, clip_low: float = 1.0, clip_high: float = 4.0) -> Algorithm:
-    """Weights are clipped to [1 - clip_low, 1 + clip_high]; clip_low = 1 leaves the lower side open, as the paper does."""
+    """Weights are clipped to [1 - clip_low, 1 + clip_high]; clip_low = 1 leaves the lower side open (paper)."""
 
     def loss(stats, batch):
         ratio = jnp.exp(stats.logprobs - batch.old_logprobs)

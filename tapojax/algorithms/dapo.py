@@ -3,8 +3,6 @@
 Differs from GRPO: the four parts above, each with a neutral value at which it is GRPO's own.
 """
 
-import math
-
 import numpy as np
 
 from tapojax import shaping, weights
@@ -18,7 +16,7 @@ def dapo(
     max_tokens: int,
     clip_low: float = 0.2,
     clip_high: float = 0.28,
-    dual_clip: float = math.inf,
+    dual_clip: float = 0.0,
     dynamic_sampling: bool = True,
     token_mean: bool = True,
     overlong_buffer: int = 0,

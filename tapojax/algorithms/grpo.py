@@ -1,7 +1,5 @@
 """GRPO: group-normalised rewards, PPO's clip, no value network. Shao et al., arXiv 2402.03300, eq. 3."""
 
-import math
-
 from tapojax import advantages, losses, weights
 from tapojax.types import Algorithm
 
@@ -13,12 +11,12 @@ def grpo(
     group_size: int,
     clip_low: float = 0.2,
     clip_high: float = 0.2,
-    dual_clip: float = math.inf,
+    dual_clip: float = 0.0,
     kl_coef: float = 0.0,
     kl_estimator: str = "k3",
 ) -> Algorithm:
     """A = (R - mean) / std within the group; per-token clipped surrogate plus kl_coef * KL to the reference, averaged
-    over each row's tokens, then over rows. Neutral: dual_clip = inf, kl_coef = 0."""
+    over each row's tokens, then over rows. Neutral: dual_clip = 0 (off), kl_coef = 0."""
 
     def advantage(rewards, scores, rollout):
         return advantages.per_token(advantages.group_normalize(rewards, group_size), rollout.mask)
@@ -26,9 +24,7 @@ def grpo(
     def loss(stats, batch):
         ratio_inputs = stats.logprobs, batch.old_logprobs, batch.advantages
         clip = dict(clip_low=clip_low, clip_high=clip_high)
-        per_token = losses.clipped_surrogate(
-            *ratio_inputs, **clip, dual_clip=None if math.isinf(dual_clip) else dual_clip
-        )
+        per_token = losses.clipped_surrogate(*ratio_inputs, **clip, dual_clip=dual_clip or None)
         diagnostics = {"clip_fraction": losses.clip_fraction(*ratio_inputs, **clip)}
         if kl_coef:
             kl = KL_ESTIMATORS[kl_estimator](stats.logprobs, batch.ref_logprobs)

@@ -3,6 +3,7 @@
 import dataclasses
 
 # What the backward pass keeps of a block: all, or what the policy of this name in jax.checkpoint_policies says.
+DTYPES = ("float32", "bfloat16", "float16")
 REMAT = ("none", "nothing_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable")
 
 
@@ -45,6 +46,9 @@ class DecoderConfig:
     def __post_init__(self):
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}")
+        for name in ("dtype", "param_dtype"):
+            if getattr(self, name) not in DTYPES:
+                raise ValueError(f"model.{name}={getattr(self, name)!r}: choose one of {DTYPES}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even: rotary embedding turns pairs of channels")
         if self.remat not in REMAT:

@@ -50,9 +50,9 @@ def collect(
         if rounds == max_rounds:
             found = sum(len(part.prompts.tokens) for part in kept)
             raise ValueError(
-                f"step {step}: {rounds} rounds of {num_prompts} prompts gave {found} groups worth keeping (share of the "
-                f"last rounds {share[-3:]}): the problems are too easy or too hard for this policy; change the data, "
-                "raise collect.max_rounds, or turn dynamic sampling off"
+                f"step {step}: {rounds} rounds of {num_prompts} prompts gave {found} groups worth keeping (share of "
+                f"the last rounds {share[-3:]}): the problems are too easy or too hard for this policy; change the "
+                "data, raise collect.max_rounds, or turn dynamic sampling off"
             )
         examples = next(batches)
         num_prompts = len(examples)
@@ -60,7 +60,7 @@ def collect(
             engine, weights, examples, task, algorithm, sampling, step, jax.random.fold_in(key, rounds), carry
         )
         rounds += 1
-        _check_errors(part, max_error_share)
+        _check_errors(part, algorithm.needs, max_error_share)
         keep = np.ones(num_prompts, bool)
         if algorithm.keep is not None:
             keep = np.asarray(algorithm.keep(algorithm.rewards(part.scores, part.rollout, step), part.scores))
@@ -116,12 +116,12 @@ def decode(tokenizer, rollout: Rollout) -> list[str]:
     ]
 
 
-def _check_errors(part: Collected, max_error_share: float):
-    share = len(part.errors) / part.sampled_rows
-    if share > max_error_share:
+def _check_errors(part: Collected, needs: frozenset[str], max_error_share: float):
+    unscored = np.any([np.isnan(part.scores[name]) for name in needs], axis=0)
+    if np.mean(unscored) > max_error_share:
         raise ValueError(
-            f"{len(part.errors)} of {part.sampled_rows} rows could not be scored (collect.max_error_share is "
-            f"{max_error_share}); the first error: {part.errors[0]}"
+            f"{int(unscored.sum())} of {part.sampled_rows} rows could not be scored (collect.max_error_share is "
+            f"{max_error_share}); the first error: {[*part.errors, 'the task gave NaN and no reason'][0]}"
         )
 
 

@@ -1,6 +1,5 @@
 """The task table: name in a config -> constructor."""
 
-from tapojax.tasks.arithmetic import arithmetic
-from tapojax.tasks.files import files
+from tapojax.tasks import arithmetic, files
 
-TASKS = {"arithmetic": arithmetic, "files": files}
+TASKS = {"arithmetic": arithmetic.arithmetic, "files": files.files}

@@ -30,8 +30,8 @@ def arithmetic(
     for level in (*levels, *evaluation_levels):
         if (longest := gym_levels.lengths(level)[0]) > max_prompt_tokens:
             raise ValueError(
-                f"level {level} has prompts of up to {longest} tokens, sampling.max_prompt_tokens is {max_prompt_tokens}: "
-                "raise max_prompt_tokens or choose other levels"
+                f"level {level} has prompts of up to {longest} tokens, sampling.max_prompt_tokens is "
+                f"{max_prompt_tokens}: raise max_prompt_tokens or choose other levels"
             )
     tokenizer = gym_tokenizer.TOKENIZER
     return Task(

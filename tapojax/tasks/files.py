@@ -1,4 +1,4 @@
-"""Problems from jsonl or parquet files, a Hugging Face tokenizer and its chat template, graded by the answer verifier."""
+"""Problems from files, a Hugging Face tokenizer and its chat template, graded by the answer verifier."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -105,7 +105,8 @@ def load_tokenizer(path: str):
 def _example(row: dict, path: str, index: int, keys: dict[str, str], solution_key: str) -> Example:
     if missing := [key for key in keys.values() if row.get(key) in (None, "")]:
         raise ValueError(
-            f"{path}, row {index + 1}: no value for {missing}; it has {sorted(row)}. Set task.problem_key, task.answer_key"
+            f"{path}, row {index + 1}: no value for {missing}; it has {sorted(row)}. "
+            "Set task.problem_key and task.answer_key"
         )
     return {
         "id": str(row.get("id", f"{Path(path).name}/{index}")),
@@ -121,7 +122,7 @@ def _within_budget(rows, prompt, max_prompt_tokens: int, overlong: str, path: st
     if long and overlong == "error":
         worst = max(long, key=lengths.__getitem__)
         raise ValueError(
-            f"{path}: {len(long)} of {len(rows)} prompts exceed sampling.max_prompt_tokens={max_prompt_tokens}, the longest "
-            f"({rows[worst]['id']}) has {lengths[worst]}: raise it, or set task.overlong_prompts='drop'"
+            f"{path}: {len(long)} of {len(rows)} prompts exceed sampling.max_prompt_tokens={max_prompt_tokens}, the "
+            f"longest ({rows[worst]['id']}) has {lengths[worst]}: raise it, or set task.overlong_prompts='drop'"
         )
     return [row for row, length in zip(rows, lengths, strict=True) if length <= max_prompt_tokens]

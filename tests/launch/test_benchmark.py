@@ -55,7 +55,9 @@ def test_mistakes_end_with_a_message_before_anything_runs(flag, message, tmp_pat
 
 
 def test_table_compares_with_ours_and_names_failures():
-    ours = workload.summary([{"seconds": [2.0, 1.0, 3.0], "cpu_seconds": [1.0] * 3, "extra_peak_mib": 100.0}], tokens=10)
+    ours = workload.summary(
+        [{"seconds": [2.0, 1.0, 3.0], "cpu_seconds": [1.0] * 3, "extra_peak_mib": 100.0}], tokens=10
+    )
     theirs = workload.summary([{"seconds": [3.0], "cpu_seconds": [1.0], "extra_peak_mib": 250.0}], tokens=10)
     cells = {"tapojax": ours, "trl": theirs, "tunix": {"error": "Traceback\nMemoryError: no room"}}
     rows = benchmark.table({"train": cells}).splitlines()[2:]

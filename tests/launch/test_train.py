@@ -77,7 +77,15 @@ def test_a_run_leaves_everything_in_its_folder(straight):
     assert (workdir / "curve.png").read_bytes().startswith(b"\x89PNG")
     metrics = lines(workdir, "metrics.jsonl")
     assert [m["step"] for m in metrics] == [0, 1, 2, 3, 4]
-    needed = {"accuracy", "entropy", "reference_kl", "length_mean", "clip_fraction", "collapsed_groups", "gradient_norm"}
+    needed = {
+        "accuracy",
+        "entropy",
+        "reference_kl",
+        "length_mean",
+        "clip_fraction",
+        "collapsed_groups",
+        "gradient_norm",
+    }
     assert needed <= metrics[0].keys()
     assert [e["step"] for e in lines(workdir, "evaluations.jsonl")] == [0, 2, 4, 5]
     assert {"problem", "completion", "correct"} <= lines(workdir, "rollouts.jsonl")[0].keys()
@@ -91,7 +99,11 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(straight, tmp_path,
     child = subprocess.Popen(command(workdir), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline and child.poll() is None:
-        if moment == "while saving" and list(workdir.glob("checkpoints/*tmp*")) and (workdir / "checkpoints/2").exists():
+        if (
+            moment == "while saving"
+            and list(workdir.glob("checkpoints/*tmp*"))
+            and (workdir / "checkpoints/2").exists()
+        ):
             break
         if moment == "between steps" and (workdir / "checkpoints/2").exists():
             break
