@@ -49,6 +49,7 @@ RESULTS = flags.DEFINE_string("results", "results", "folder for benchmark-<time>
 ROOT = Path(__file__).parents[1]
 OURS = "tapojax"
 LIMIT_SECONDS = 1800  # of one process
+QUIET_CORES = 0.1  # that others may keep busy
 INSTALL = {
     "trl": "pip install trl==1.16.0 transformers==5.23.0 torch==2.13.0 "
     "--extra-index-url https://download.pytorch.org/whl/cpu",
@@ -215,18 +216,41 @@ def benchmark() -> dict:
     todo, pythons = chosen(known), libraries()
     rounds = ROUNDS.value or (1 if QUICK.value else 3)
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: THREADS.value])  # child processes inherit it
-    record = {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    facts = machine() | {"load_before": os.getloadavg()[0], "matmul_gflops_before": matmul_gflops()}
+    started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    with tempfile.TemporaryDirectory() as caches:
+        cases = {name: measure(name, job, pythons, rounds, Path(caches)) for name, job in todo.items()}
+    return {
+        "time": started,
         "quick": QUICK.value,
         "rounds": rounds,
-        "machine": machine(),
+        "machine": facts | {"load_after": os.getloadavg()[0], "matmul_gflops_after": matmul_gflops()},
+        "shapes": {name: dataclasses.asdict(job) for name, job in todo.items()},
+        "cases": cases,
     }
-    record["machine"]["load_before"], record["machine"]["matmul_gflops_before"] = os.getloadavg()[0], matmul_gflops()
-    with tempfile.TemporaryDirectory() as caches:
-        record["cases"] = {name: measure(name, job, pythons, rounds, Path(caches)) for name, job in todo.items()}
-    record["shapes"] = {name: dataclasses.asdict(job) for name, job in todo.items()}
-    record["machine"]["load_after"], record["machine"]["matmul_gflops_after"] = os.getloadavg()[0], matmul_gflops()
-    return record
+
+
+def versions(cases: dict[str, dict]) -> str:
+    """One line a library."""
+    found = {
+        library: values["versions"]
+        for cells in cases.values()
+        for library, values in cells.items()
+        if "versions" in values
+    }
+    return "\n".join(
+        f"{library}: " + ", ".join(f"{k} {v}" for k, v in names.items()) for library, names in found.items()
+    )
+
+
+def busy_with_others(cases: dict[str, dict]) -> list[str]:
+    """Cells that were measured while the machine did other work."""
+    return [
+        f"{name}/{library} ({values['others_cores']:.1f})"
+        for name, cells in cases.items()
+        for library, values in cells.items()
+        if values.get("others_cores", 0) > QUIET_CORES
+    ]
 
 
 def main(argv):
@@ -242,7 +266,11 @@ def main(argv):
         f"{facts['cpu']}, {facts['cores']} cores, {facts['threads']} threads used; float32 matrix product "
         f"{facts['matmul_gflops_before']:.0f} GFLOP/s before, {facts['matmul_gflops_after']:.0f} after"
     )
+    print(versions(record["cases"]))
     print(f"written  {path}")
+    if disturbed := busy_with_others(record["cases"]):
+        print(f"warning: other processes kept more than {QUIET_CORES} cores busy during {', '.join(disturbed)}: repeat")
+        print("  these on a quiet machine. PyTorch's threads wait by spinning, so that load slows TRL most")
     if any("error" in values for cells in record["cases"].values() for values in cells.values()):
         sys.exit("error: some cases failed; the JSON has their messages")
 

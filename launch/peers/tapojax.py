@@ -78,13 +78,12 @@ def generate(job: workload.Job, mesh) -> workload.Stopwatch:
     prompts = Prompts([{"id": i} for i in range(job.prompts)], workload.prompts(job))
     watch = workload.Stopwatch(job)
     weights = engine.load(params, 0)
-    for step in itertools.count():
+    for step in watch.repetitions():
         key = jax.random.fold_in(jax.random.key(0), step)
         rollout = engine.generate(weights, prompts, key, group_size=job.group_size, sampling=sampling)
         collect.decode(TOKENIZER, rollout)
-        if watch.lap():
-            assert rollout.mask.sum() == job.rows * job.completion_tokens
-            return watch
+        assert rollout.mask.sum() == job.rows * job.completion_tokens
+    return watch
 
 
 def train(job: workload.Job, mesh) -> workload.Stopwatch:
@@ -95,10 +94,9 @@ def train(job: workload.Job, mesh) -> workload.Stopwatch:
     zeros = np.zeros(tokens.shape, np.float32)
     advantages = np.where(mask, np.array(workload.advantages(job), np.float32)[:, None], 0)
     batch = sharding.shard_batch(Batch(tokens, mask, advantages, zeros, None, None, None, {}), mesh)
-    while True:
+    for _ in watch.repetitions():
         state, _ = jax.block_until_ready(update(state, batch))
-        if watch.lap():
-            return watch
+    return watch
 
 
 def step(job: workload.Job, mesh) -> workload.Stopwatch:
@@ -111,7 +109,7 @@ def step(job: workload.Job, mesh) -> workload.Stopwatch:
     score_rows = jax.jit(score)
     make_batch = jax.jit(functools.partial(train_step.make_batch, algorithm))
     examples = [{"id": i, "tokens": tokens} for i, tokens in enumerate(workload.prompts(job))]
-    for number in itertools.count():
+    for number in watch.repetitions():
         part = collect.collect(
             engine,
             engine.load(state.params, number),
@@ -126,8 +124,7 @@ def step(job: workload.Job, mesh) -> workload.Stopwatch:
         ref = score_rows(reference, rollout.tokens, rollout.mask).logprobs if reference else None
         batch = make_batch(rollout, scores, number, old_stats=None, ref_logprobs=ref)
         state, _ = jax.block_until_ready(update(state, batch))
-        if watch.lap():
-            return watch
+    return watch
 
 
 def task() -> Task:
@@ -158,10 +155,9 @@ def logprobs(job: workload.Job, mesh, *, backward: bool = False) -> workload.Sto
     compute = jax.jit(jax.grad(mean, has_aux=True) if backward else score)
     tokens, mask = rows(job)
     watch = workload.Stopwatch(job)
-    while True:
+    for _ in watch.repetitions():
         jax.block_until_ready(compute(params, tokens, mask))
-        if watch.lap():
-            return watch
+    return watch
 
 
 def matmul(job: workload.Job, mesh) -> workload.Stopwatch:
@@ -169,10 +165,9 @@ def matmul(job: workload.Job, mesh) -> workload.Stopwatch:
     x = jax.random.normal(jax.random.key(0), (workload.MATMUL_SIZE, workload.MATMUL_SIZE))
     product = jax.jit(jnp.matmul)
     watch = workload.Stopwatch(job)
-    while True:
+    for _ in watch.repetitions():
         jax.block_until_ready(product(x, x))
-        if watch.lap():
-            return watch
+    return watch
 
 
 CASES = {

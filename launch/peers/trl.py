@@ -7,6 +7,7 @@ generation and log-probs alone are reached through methods with a leading unders
 """
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -118,11 +119,10 @@ def rows(job: workload.Job) -> dict[str, torch.Tensor]:
 def generate(job: workload.Job) -> workload.Stopwatch:
     made, prompts = trainer(job), workload.grouped_prompts(job)
     watch = workload.Stopwatch(job)
-    while True:
+    for _ in watch.repetitions():
         completions = made._generate_single_turn(prompts, None, {}, job.group_size)[0]
         made.processing_class.batch_decode(completions, skip_special_tokens=True)
-        if watch.lap():
-            return watch
+    return watch
 
 
 def step(job: workload.Job, *, given_rows: bool = False) -> workload.Stopwatch:
@@ -141,7 +141,7 @@ def logprobs(job: workload.Job, *, backward: bool = False) -> workload.Stopwatch
     made, batch = trainer(job), rows(job)
     tokens = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
     watch = workload.Stopwatch(job)
-    while True:
+    for _ in watch.repetitions():
         with torch.set_grad_enabled(backward):
             stats = made._get_per_token_logps_and_entropies(
                 made.model, tokens, torch.ones_like(tokens), job.completion_tokens, compute_entropy=True
@@ -149,11 +149,10 @@ def logprobs(job: workload.Job, *, backward: bool = False) -> workload.Stopwatch
         if backward:
             stats[0].mean().backward()
             made.model.zero_grad(set_to_none=True)
-        if watch.lap():
-            return watch
+    return watch
 
 
-CASES = {
+CASES: dict[str, Callable[..., workload.Stopwatch]] = {
     "generate": generate,
     "train": functools.partial(step, given_rows=True),
     "step": step,

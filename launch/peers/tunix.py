@@ -7,6 +7,7 @@ Runs in a Python of its own, which needs nothing of ours. Written for google-tun
 
 import functools
 import logging
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import jax
@@ -107,10 +108,9 @@ def wait_for_update(cluster):
 def generate(job: workload.Job) -> workload.Stopwatch:
     watch, cluster, _ = started(job)
     prompts = [workload.text(tokens) for tokens in workload.grouped_prompts(job)]
-    while True:
+    for _ in watch.repetitions():
         cluster.generate(prompts=prompts)
-        if watch.lap():
-            return watch
+    return watch
 
 
 def train(job: workload.Job) -> workload.Stopwatch:
@@ -125,11 +125,10 @@ def train(job: workload.Job) -> workload.Stopwatch:
         ref_per_token_logps=None,
         old_per_token_logps=None,
     )
-    while True:
+    for _ in watch.repetitions():
         cluster.update_actor([batch], None, False)
         wait_for_update(cluster)
-        if watch.lap():
-            return watch
+    return watch
 
 
 def step(job: workload.Job) -> workload.Stopwatch:
@@ -168,13 +167,12 @@ def logprobs(job: workload.Job, *, backward: bool = False) -> workload.Stopwatch
 
     compute = jax.jit(jax.grad(stats, has_aux=True) if backward else stats)
     watch = workload.Stopwatch(job)
-    while True:
+    for _ in watch.repetitions():
         jax.block_until_ready(compute(state, prompts, completions))
-        if watch.lap():
-            return watch
+    return watch
 
 
-CASES = {
+CASES: dict[str, Callable[..., workload.Stopwatch]] = {
     "generate": generate,
     "train": train,
     "step": step,

@@ -8,12 +8,14 @@ import ctypes
 import dataclasses
 import gc
 import importlib.metadata
+import itertools
 import json
+import os
 import random
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 PAD, EOS, BOS, UNKNOWN = range(4)
@@ -156,33 +158,43 @@ class Stopwatch:
         self.job = job
         tidy_memory()
         self.memory_before = memory_mib("VmRSS")
-        self.laps = [_clocks()]
+        self.laps = [clocks()]
         self.first_lap = 0.0
 
-    def lap(self) -> bool:
-        """Ends a repetition, whose work must be done and not only dispatched; True when there are enough."""
-        self.laps.append(_clocks())
-        count = len(self.laps) - 1
-        if count == 1:
+    def repetitions(self) -> Iterator[int]:
+        """0, 1, ...: the body of a loop over them is timed; it must end with its work done, not only dispatched."""
+        for number in range(self.job.warmup + self.job.repetitions):
+            yield number
+            self.lap()
+
+    def lap(self):
+        """Ends a repetition."""
+        self.laps.append(clocks())
+        if len(self.laps) == 2:
             self.first_lap = time.time() - self.job.started
-        if count == self.job.warmup:
+        if len(self.laps) == 1 + self.job.warmup:
             tidy_memory()
             Path("/proc/self/clear_refs").write_text("5")  # VmHWM, the peak so far, starts anew
-            self.laps[-1] = _clocks()
-        return count == self.job.warmup + self.job.repetitions
+            self.laps[-1] = clocks()
 
     def result(self) -> dict:
-        pairs = list(zip(self.laps, self.laps[1:], strict=False))[self.job.warmup :]
+        counted = self.laps[self.job.warmup :]
+        seconds, cpu, busy = ([b - a for a, b in itertools.pairwise(column)] for column in zip(*counted, strict=True))
         return {
-            "seconds": [after[0] - before[0] for before, after in pairs],
-            "cpu_seconds": [after[1] - before[1] for before, after in pairs],
+            "seconds": seconds,
+            "cpu_seconds": cpu,
+            "others_cores": max(0.0, (sum(busy) - sum(cpu)) / sum(seconds)),
             "start_to_first_repetition_seconds": self.first_lap,
             "extra_peak_mib": memory_mib("VmHWM") - self.memory_before,
         }
 
 
-def _clocks() -> tuple[float, float]:
-    return time.perf_counter(), time.process_time()
+def clocks() -> tuple[float, float, float]:
+    """Seconds of the wall, of this process on all its cores, and of the whole machine's cores being busy."""
+    ticks = [int(field) for field in Path("/proc/stat").read_text().split(maxsplit=9)[1:9]]
+    idle, waiting_for_disk = ticks[3:5]
+    busy = (sum(ticks) - idle - waiting_for_disk) / os.sysconf("SC_CLK_TCK")
+    return time.perf_counter(), time.process_time(), busy
 
 
 def memory_mib(entry: str) -> float:
@@ -206,13 +218,14 @@ def summary(parts: list[dict], tokens: int) -> dict:
         "min_seconds": min(seconds),
         "max_seconds": max(seconds),
         "median_cpu_seconds": statistics.median(value for part in parts for value in part["cpu_seconds"]),
+        "others_cores": statistics.median(part["others_cores"] for part in parts),
         "tokens_per_second": tokens / median,
         "extra_peak_mib": statistics.median(part["extra_peak_mib"] for part in parts),
         "seconds": seconds,
     }
 
 
-def main(cases: dict[str, Callable[[Job], Stopwatch]], packages: tuple[str, ...]):
+def main(cases: Mapping[str, Callable[..., Stopwatch]], packages: tuple[str, ...]):
     """Runs the job in argv[1] (JSON) and writes what was measured to argv[2]."""
     fields = json.loads(sys.argv[1])
     job = Job(**fields | {"model": Model(**fields["model"])})

@@ -300,7 +300,7 @@ def test_a_gold_answer_that_cannot_be_parsed_still_equals_itself(workers):
 HEALTHY = [(box(r"\frac{x}{2}"), "x/2", True), (box("2x"), "x", False)]
 
 
-@pytest.mark.parametrize("prediction", [TOWER, r"\binom{1000000000}{500000000}", r"\sin" * 150 + " 1"])
+@pytest.mark.parametrize("prediction", [TOWER, r"\binom{1000000000}{500000000}", r"\int_0^\infty e^{-x^2}\sin(x^3) dx"])
 def test_an_answer_that_hangs_the_grader_is_an_error_and_the_others_keep_their_verdicts(prediction, workers):
     completions = [HEALTHY[0][0], box(prediction), HEALTHY[1][0], HEALTHY[0][0]]
     start = time.monotonic()
