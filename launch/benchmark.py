@@ -17,8 +17,9 @@ at a time, libraries in turn, so that a machine that slows down slows all. Secon
 warm-up; memory is the peak of the counted repetitions beyond what stood when the parameters did (so compiled programs
 and the optimizer's state count); tokens are completion tokens.
 
-Not compared: accelerators and several devices, vLLM and other sampling servers, rows of different length (no row stops
-early here), lower precision and recomputation, large models, and how well a policy learns.
+Not compared: accelerators and several devices, vLLM and other sampling servers, rows of different length (ours has no
+stop token; TRL and Tunix insist on one, which a random model draws in one row of 65 without ending the batch), lower
+precision and recomputation, large models, and how well a policy learns.
 """
 
 import dataclasses

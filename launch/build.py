@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from launch import sections
 from tapojax import correction, policy, sharding, train_step
 from tapojax.algorithms import ALGORITHMS
-from tapojax.models import decoder, huggingface, presets
+from tapojax.models import config_json, decoder, huggingface, presets
 from tapojax.models.config import DecoderConfig
 from tapojax.rollout import local
 from tapojax.tasks import TASKS
@@ -99,7 +99,7 @@ def model(section, tokenizer) -> DecoderConfig:
       ValueError: the checkpoint's vocabulary is smaller than the tokenizer's.
     """
     if section.path:
-        config = huggingface.read_config(section.path)
+        config = config_json.read_config(section.path)
         if config.vocab_size < len(tokenizer):
             raise ValueError(
                 f"the model at {section.path} has {config.vocab_size} tokens, the tokenizer {len(tokenizer)}: they do "

@@ -8,7 +8,6 @@ The same command with the same --workdir resumes a run that was stopped, at the 
 
 import contextlib
 import functools
-import json
 import time
 from pathlib import Path
 
@@ -57,7 +56,8 @@ def train(config, workdir: Path) -> dict:
         evaluate(0, config, run, state.params, log, totals)
         for step in range(start, config.steps):
             spent: dict[str, float] = {}
-            with profiled(workdir, active=config.log.profile_step == step + 1):
+            profile = jax.profiler.trace(str(workdir / "profile"))  # for TensorBoard or Perfetto
+            with profile if config.log.profile_step == step + 1 else contextlib.nullcontext():
                 weights = run.engine.load(state.params, step)
                 part = collect.collect(
                     run.engine,
@@ -95,7 +95,9 @@ def train(config, workdir: Path) -> dict:
             if (step + 1) % config.checkpoint.every == 0 or step + 1 == config.steps:
                 with metrics.timed(totals, "checkpoint"):
                     checkpoint.save(manager, step + 1, state, {"data": batches.get_state(), "seconds": totals})
-    return summarise(workdir, config, totals | {"this_process": time.perf_counter() - started})
+    totals["this_process"] = time.perf_counter() - started
+    title = f"{config.algorithm.name} · {config.task.name} · seed {config.seed}"
+    return report.finish(workdir, steps=config.steps, title=title, seconds=totals)
 
 
 def evaluate(step: int, config, run: build.Setup, params, log: metrics.Log, totals: dict):
@@ -154,30 +156,6 @@ def stop_if_diverged(skipped: int, history, step: int, limit: int) -> int:
             f"{limit}); parameters were left as they were. Lower optimizer.learning_rate, or try model.dtype=float32"
         )
     return skipped
-
-
-def profiled(workdir: Path, *, active: bool):
-    """A profile of the enclosed step under <workdir>/profile, for TensorBoard or Perfetto."""
-    return jax.profiler.trace(str(workdir / "profile")) if active else contextlib.nullcontext()
-
-
-def summarise(workdir: Path, config, seconds: dict) -> dict:
-    """Writes summary.json and curve.png and prints the table of before and after."""
-    evaluations = {e["step"]: e for e in report.read_jsonl(workdir / "evaluations.jsonl")}
-    before, after = evaluations[0], evaluations[config.steps]
-    summary = {
-        "pass_at_1": {"before": before["pass@1"], "after": after["pass@1"]},
-        "before": before,
-        "after": after,
-        "steps": config.steps,
-        "seconds": {stage: round(value, 2) for stage, value in seconds.items()},
-    }
-    (workdir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    picture = report.draw_curve(workdir, f"{config.algorithm.name} · {config.task.name} · seed {config.seed}")
-    print(f"\n{report.before_after_table(before, after)}\n")
-    print("seconds  " + "  ".join(f"{stage} {value:.1f}" for stage, value in seconds.items()))
-    print(f"written  {workdir / 'summary.json'}, {picture}, metrics.jsonl, rollouts.jsonl, checkpoints/")
-    return summary
 
 
 if __name__ == "__main__":

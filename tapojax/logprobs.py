@@ -33,7 +33,8 @@ def token_logprobs_and_entropy(
     padding = -positions % chunk
     x = jnp.pad(hidden.reshape(positions, -1), ((0, padding), (0, 0)))
     y = jnp.pad(targets.reshape(-1), (0, padding))
-    logprobs, entropies = _flat(x, head, y, temperature, chunk)
+    # As [V, D]: of tied embeddings the two transposes cancel, and no loop carries a transposed copy.
+    logprobs, entropies = _flat(x, head.T, y, temperature, chunk)
     return logprobs[:positions].reshape(targets.shape), entropies[:positions].reshape(targets.shape)
 
 
@@ -41,17 +42,17 @@ _TINY = 1e-30  # its logarithm stands in for log 0, where p log p is 0
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _flat(x, head, y, temperature, chunk):
-    return _forward(x, head, y, temperature, chunk)[0]
+def _flat(x, table, y, temperature, chunk):
+    return _forward(x, table, y, temperature, chunk)[0]
 
 
-def _logits(x, head, temperature):
-    return jnp.matmul(x, head.astype(x.dtype), preferred_element_type=jnp.float32) / temperature
+def _logits(x, table, temperature):
+    return jnp.einsum("nd,vd->nv", x, table.astype(x.dtype), preferred_element_type=jnp.float32) / temperature
 
 
-def _forward(x, head, y, temperature, chunk):
+def _forward(x, table, y, temperature, chunk):
     def one_chunk(x, y):
-        z = _logits(x, head, temperature)
+        z = _logits(x, table, temperature)
         normaliser = jax.nn.logsumexp(z, axis=-1)
         p = jnp.exp(z - normaliser[:, None])
         logprobs = jnp.take_along_axis(z, y[:, None], axis=-1)[:, 0] - normaliser
@@ -59,42 +60,43 @@ def _forward(x, head, y, temperature, chunk):
 
     if chunk == x.shape[0]:  # within the budget: keep p for the backward pass
         logprobs, entropies, normalisers, p = one_chunk(x, y)
-        return (logprobs, entropies), (x, head, y, normalisers, entropies, p)
+        return (logprobs, entropies), (x, table, y, normalisers, entropies, p)
     out = jax.lax.map(lambda part: one_chunk(*part)[:3], (_split(x, chunk), _split(y, chunk)))
     logprobs, entropies, normalisers = (values.reshape(-1) for values in out)
-    return (logprobs, entropies), (x, head, y, normalisers, entropies, None)
+    return (logprobs, entropies), (x, table, y, normalisers, entropies, None)
 
 
-def _forward_of_primals(x, head, y, temperature, chunk):
-    return _forward(x.value, head.value, y.value, temperature, chunk)
+def _forward_of_primals(x, table, y, temperature, chunk):
+    return _forward(x.value, table.value, y.value, temperature, chunk)
 
 
 def _backward(temperature, chunk, residuals, upstream):
-    x, head, y, normalisers, entropies, p = residuals
+    x, table, y, normalisers, entropies, p = residuals
     a, b = upstream
     if entropy_is_constant := isinstance(b, SymbolicZero):
         b = jnp.zeros_like(entropies)
     if isinstance(a, SymbolicZero):
         a = jnp.zeros_like(entropies)
 
-    def one_chunk(d_head, part):
+    def one_chunk(d_table, part):
         x, y, normaliser, entropy, a, b, p = part
         if p is None:
-            p = jnp.exp(_logits(x, head, temperature) - normaliser[:, None])
+            p = jnp.exp(_logits(x, table, temperature) - normaliser[:, None])
         slope = a[:, None]
         if not entropy_is_constant:  # spares a logarithm of every probability
             slope = slope + b[:, None] * (jnp.log(jnp.maximum(p, _TINY)) + entropy[:, None])
-        dz = -p * slope
-        dz = (dz.at[jnp.arange(y.size), y].add(a) / temperature).astype(x.dtype)
-        d_head = d_head + jnp.matmul(x.T, dz, preferred_element_type=jnp.float32)
-        return d_head, jnp.matmul(dz, head.T.astype(x.dtype), preferred_element_type=jnp.float32).astype(x.dtype)
+        chosen = jnp.arange(table.shape[0])[None] == y[:, None]  # fuses, where a scatter would copy the chunk
+        dz = ((jnp.where(chosen, a[:, None], 0) - p * slope) / temperature).astype(x.dtype)
+        d_table = d_table + jnp.einsum("nv,nd->vd", dz, x, preferred_element_type=jnp.float32)
+        d_x = jnp.matmul(dz, table.astype(x.dtype), preferred_element_type=jnp.float32)
+        return d_table, d_x.astype(x.dtype)
 
-    parts, d_head = (x, y, normalisers, entropies, a, b, p), jnp.zeros(head.shape, jnp.float32)
+    parts, d_table = (x, y, normalisers, entropies, a, b, p), jnp.zeros(table.shape, jnp.float32)
     if chunk == x.shape[0]:
-        d_head, d_x = one_chunk(d_head, parts)
+        d_table, d_x = one_chunk(d_table, parts)
     else:
-        d_head, d_x = jax.lax.scan(one_chunk, d_head, jax.tree.map(lambda v: _split(v, chunk), parts))
-    return d_x.reshape(x.shape), d_head.astype(head.dtype), None
+        d_table, d_x = jax.lax.scan(one_chunk, d_table, jax.tree.map(lambda v: _split(v, chunk), parts))
+    return d_x.reshape(x.shape), d_table.astype(table.dtype), None
 
 
 def _split(v, chunk):

@@ -7,6 +7,25 @@ from pathlib import Path
 import numpy as np
 
 
+def finish(workdir: Path, *, steps: int, title: str, seconds: Mapping[str, float]) -> dict:
+    """Writes summary.json and curve.png of a run that reached `steps`, and prints its table."""
+    evaluations = {record["step"]: record for record in read_jsonl(workdir / "evaluations.jsonl")}
+    before, after = evaluations[0], evaluations[steps]
+    summary = {
+        "pass_at_1": {"before": before["pass@1"], "after": after["pass@1"]},
+        "before": before,
+        "after": after,
+        "steps": steps,
+        "seconds": {stage: round(value, 2) for stage, value in seconds.items()},
+    }
+    (workdir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    picture = draw_curve(workdir, title)
+    print(f"\n{before_after_table(before, after)}\n")
+    print("seconds  " + "  ".join(f"{stage} {value:.1f}" for stage, value in seconds.items()))
+    print(f"written  {workdir / 'summary.json'}, {picture}, metrics.jsonl, rollouts.jsonl, checkpoints/")
+    return summary
+
+
 def before_after_table(before: Mapping, after: Mapping) -> str:
     """Markdown: every rate of the two evaluations, with its 95 % interval where it has one."""
     names = [name for name in after if isinstance(after[name], dict)]

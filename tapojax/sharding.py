@@ -15,8 +15,7 @@ BATCH = ("data", "fsdp")
 
 # The first pattern found in a leaf's path decides. Adam's moments carry the same paths as the parameters.
 RULES: tuple[tuple[str, P], ...] = (
-    (r"embedding$", P("tensor", "fsdp")),
-    (r"head$", P("fsdp", "tensor")),
+    (r"(embedding|head)$", P("tensor", "fsdp")),
     (r"layers/(query|key|value)/kernel$", P(None, "fsdp", "tensor", None)),
     (r"layers/(query|key|value)/bias$", P(None, "tensor", None)),
     (r"layers/output/kernel$", P(None, "tensor", None, "fsdp")),

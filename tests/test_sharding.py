@@ -19,7 +19,7 @@ P = jax.P
 MODEL = DecoderConfig(64, 32, 48, 2, 4, 2, 8, qkv_bias=True, mlp_bias=True, output_bias=True, qk_norm=True)
 WANT = {  # layers are stacked: the first dimension of their leaves is the layer
     "embedding": P("tensor", "fsdp"),
-    "head": P("fsdp", "tensor"),
+    "head": P("tensor", "fsdp"),
     "final_norm/scale": P(),
     "layers/attention_norm/scale": P(),
     "layers/mlp_norm/scale": P(),
@@ -103,7 +103,7 @@ def test_an_axis_that_does_not_divide_is_dropped(mesh):
     shardings = by_path(sharding.tree_shardings(shapes, mesh))
     assert shardings["layers/query/kernel"].spec == P(None, "fsdp", None, None)
     assert shardings["embedding"].spec == P(None, "fsdp")
-    assert shardings["head"].spec == P("fsdp", None)
+    assert shardings["head"].spec == P(None, "fsdp")
     for name, leaf in by_path(shapes).items():
         jax.device_put(np.zeros(leaf.shape, leaf.dtype), shardings[name])  # raises where a part would be uneven
 

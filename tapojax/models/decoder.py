@@ -110,7 +110,7 @@ class Decoder(nn.Module):
         init = nn.initializers.normal(config.initializer_range)
         embedding = self.param("embedding", init, (config.vocab_size, config.hidden_size), config.param_dtype)
         if not config.tie_embeddings:
-            self.param("head", init, (config.hidden_size, config.vocab_size), config.param_dtype)
+            self.param("head", init, (config.vocab_size, config.hidden_size), config.param_dtype)
         x = sharding.constrain(embedding[tokens].astype(config.dtype), "batch", None, None)
         cos, sin = rotary_tables(config, jnp.arange(tokens.shape[1])[None])
         blocks = nn.scan(
@@ -144,7 +144,7 @@ def init(config: DecoderConfig, key: Array) -> Any:
 
 def head(params) -> Float[Array, "D V"]:
     """The matrix from the residual stream to logits: its own, or the embedding transposed."""
-    return params["head"] if "head" in params else params["embedding"].T
+    return params.get("head", params["embedding"]).T
 
 
 def hidden_states(config: DecoderConfig, params, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:

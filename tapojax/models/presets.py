@@ -1,6 +1,6 @@
 """Published shapes by name, for runs and memory estimates without a checkpoint, and two small ones for the gym.
 
-Figures are those of the base models' config.json. A checkpoint's own file wins (`huggingface.read_config`): instruct
+Figures are those of the base models' config.json. A checkpoint's own file wins (`config_json.read_config`): instruct
 and later releases of the same size may differ in norm_eps or rope_theta.
 
 Sources: Qwen2.5 (arXiv 2412.15115), Qwen2.5-Math (arXiv 2409.12122), DeepSeek-R1 (arXiv 2501.12948), Qwen3
@@ -71,6 +71,7 @@ _gym_small = DecoderConfig(
     head_dim=32,
     qkv_bias=True,
     tie_embeddings=True,
+    initializer_range=0.08,  # about hidden_size ** -0.5: learns sooner than the 0.02 of large models
     unroll=True,
 )
 

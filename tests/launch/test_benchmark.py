@@ -56,11 +56,15 @@ def test_mistakes_end_with_a_message_before_anything_runs(flag, message, tmp_pat
 
 def test_table_compares_with_ours_and_names_failures():
     ours = workload.summary(
-        [{"seconds": [2.0, 1.0, 3.0], "cpu_seconds": [1.0] * 3, "extra_peak_mib": 100.0}], tokens=10
+        [{"seconds": [2.0, 1.0, 3.0], "cpu_seconds": [1.0] * 3, "others_cores": 0.0, "extra_peak_mib": 100.0}],
+        tokens=10,
     )
-    theirs = workload.summary([{"seconds": [3.0], "cpu_seconds": [1.0], "extra_peak_mib": 250.0}], tokens=10)
+    theirs = workload.summary(
+        [{"seconds": [3.0], "cpu_seconds": [1.0], "others_cores": 0.5, "extra_peak_mib": 250.0}], tokens=10
+    )
     cells = {"tapojax": ours, "trl": theirs, "tunix": {"error": "Traceback\nMemoryError: no room"}}
     rows = benchmark.table({"train": cells}).splitlines()[2:]
     assert rows[0] == "| train | tapojax | 2.000 (1.000-3.000) | 1.00 | 5 | 100 | - | - |"
     assert rows[1] == "| train | trl | 3.000 (3.000-3.000) | 1.00 | 3 | 250 | 1.50 | 2.50 |"
     assert "failed: MemoryError: no room" in rows[2]
+    assert benchmark.busy_with_others({"train": cells}) == ["train/trl (0.5)"]

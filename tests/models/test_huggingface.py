@@ -13,7 +13,7 @@ import safetensors
 from flax import traverse_util
 from safetensors.numpy import load_file, save_file
 
-from tapojax.models import decoder, huggingface
+from tapojax.models import config_json, decoder, huggingface
 from tapojax.models.config import DecoderConfig, Llama3Rope
 
 QWEN2 = DecoderConfig(
@@ -75,7 +75,7 @@ def test_save_then_load_is_bit_exact(name, dtype, max_shard_bytes, tmp_path):
     config, params = CONFIGS[name], random_params(CONFIGS[name], dtype)
     huggingface.save_params(tmp_path / "x", params, config, max_shard_bytes=max_shard_bytes)
     assert ((tmp_path / "x" / "model.safetensors.index.json").exists()) == (max_shard_bytes == 4000)
-    read = huggingface.read_config(tmp_path / "x")
+    read = config_json.read_config(tmp_path / "x")
     assert read == dataclasses.replace(config, dtype=dtype), "config.json round trip"
     assert_same_bits(huggingface.load_params(tmp_path / "x", read, dtype=dtype), params)
 
@@ -98,7 +98,7 @@ def test_the_table_says_where_every_element_goes(tmp_path):
                 np.testing.assert_array_equal(column, layer["output"]["kernel"][i, n, h])
         np.testing.assert_array_equal(theirs[f"model.layers.{i}.mlp.up_proj.weight"].T, layer["up"]["kernel"][i])
         np.testing.assert_array_equal(theirs[f"model.layers.{i}.mlp.down_proj.weight"].T, layer["down"]["kernel"][i])
-    np.testing.assert_array_equal(theirs["lm_head.weight"].T, params["head"])
+    np.testing.assert_array_equal(theirs["lm_head.weight"], params["head"])
     np.testing.assert_array_equal(theirs["model.embed_tokens.weight"], params["embedding"])
 
 
@@ -111,7 +111,7 @@ def test_device_arrays_are_saved_like_host_arrays(tmp_path):
 def test_dtype_is_cast_on_the_way_out_and_in(tmp_path):
     params = random_params(TIED)
     huggingface.save_params(tmp_path / "x", params, TIED, dtype="bfloat16")
-    assert huggingface.read_config(tmp_path / "x").dtype == "bfloat16"
+    assert config_json.read_config(tmp_path / "x").dtype == "bfloat16"
     rounded = jax.tree.map(lambda x: x.astype(ml_dtypes.bfloat16), params)
     assert_same_bits(huggingface.load_params(tmp_path / "x", TIED, dtype="bfloat16"), rounded)
     as_float32 = jax.tree.map(lambda x: x.astype(np.float32), rounded)
@@ -141,9 +141,9 @@ def test_manifest_shapes_are_those_of_the_file(saved):
 # ---- config.json
 
 
-def config_json(folder, **changes):
+def folder_with(folder, **changes):
     folder.mkdir(exist_ok=True)
-    raw = huggingface.to_json(QWEN2, dtype="float32") | changes
+    raw = config_json.to_json(QWEN2, dtype="float32") | changes
     (folder / "config.json").write_text(json.dumps({k: v for k, v in raw.items() if v is not ...}))
     return folder
 
@@ -152,17 +152,17 @@ def test_both_rope_layouts_are_read(tmp_path):
     scaling = {"rope_type": "llama3", "factor": 8, "low_freq_factor": 1, "high_freq_factor": 4}
     scaling["original_max_position_embeddings"] = 64
     llama = {"model_type": "llama", "attention_bias": False, "mlp_bias": False}
-    old = config_json(tmp_path / "4", **llama, rope_theta=5e5, rope_scaling=scaling, rope_parameters=..., dtype=...)
+    old = folder_with(tmp_path / "4", **llama, rope_theta=5e5, rope_scaling=scaling, rope_parameters=..., dtype=...)
     new = {"rope_theta": ..., "rope_scaling": ..., "torch_dtype": ..., "rope_parameters": scaling | {"rope_theta": 5e5}}
-    new = config_json(tmp_path / "5", **llama, **new)
-    read = huggingface.read_config(old)
-    assert read == huggingface.read_config(new)
+    new = folder_with(tmp_path / "5", **llama, **new)
+    read = config_json.read_config(old)
+    assert read == config_json.read_config(new)
     assert (read.rope_theta, read.rope_scaling) == (5e5, Llama3Rope(8.0, 1.0, 4.0, 64))
 
 
 @pytest.mark.parametrize("scaling", [None, {"type": "default"}, {"rope_type": "default"}])
 def test_default_rope_is_no_scaling(scaling, tmp_path):
-    read = huggingface.read_config(config_json(tmp_path, rope_scaling=scaling, rope_parameters=..., rope_theta=777.0))
+    read = config_json.read_config(folder_with(tmp_path, rope_scaling=scaling, rope_parameters=..., rope_theta=777.0))
     assert (read.rope_scaling, read.rope_theta) == (None, 777.0)
 
 
@@ -170,8 +170,8 @@ def test_absent_and_null_keys_take_the_defaults_of_transformers(tmp_path):
     absent = dict.fromkeys(("num_key_value_heads", "head_dim", "tie_word_embeddings", "rms_norm_eps"), ...)
     absent |= dict.fromkeys(("rope_theta", "rope_parameters", "rope_scaling", "dtype", "torch_dtype"), ...)
     want = DecoderConfig(50, 24, 40, num_layers=2, num_heads=4, num_kv_heads=4, head_dim=6, qkv_bias=True)
-    assert huggingface.read_config(config_json(tmp_path / "absent", **absent)) == want
-    assert huggingface.read_config(config_json(tmp_path / "null", **dict.fromkeys(absent, None))) == want
+    assert config_json.read_config(folder_with(tmp_path / "absent", **absent)) == want
+    assert config_json.read_config(folder_with(tmp_path / "null", **dict.fromkeys(absent, None))) == want
 
 
 @pytest.mark.parametrize(
@@ -194,18 +194,18 @@ def test_absent_and_null_keys_take_the_defaults_of_transformers(tmp_path):
 )
 def test_what_the_decoder_does_not_do_is_refused_by_name(changes, words, tmp_path):
     with pytest.raises(ValueError, match=words):
-        huggingface.read_config(config_json(tmp_path, **changes))
+        config_json.read_config(folder_with(tmp_path, **changes))
 
 
 def test_a_config_that_is_not_there_or_not_json_is_refused(tmp_path):
     with pytest.raises(ValueError, match="Qwen/Qwen2.5-0.5B is not a folder.*hf download Qwen/Qwen2.5-0.5B"):
-        huggingface.read_config("Qwen/Qwen2.5-0.5B")
+        config_json.read_config("Qwen/Qwen2.5-0.5B")
     with pytest.raises(ValueError, match="config.json is missing"):
-        huggingface.read_config(tmp_path)
+        config_json.read_config(tmp_path)
     for text in ("{", "[1]", "version https://git-lfs.github.com/spec/v1"):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(ValueError, match="config.json (is not JSON|holds a list).*again"):
-            huggingface.read_config(tmp_path)
+            config_json.read_config(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -213,26 +213,26 @@ def test_a_config_that_is_not_there_or_not_json_is_refused(tmp_path):
 )
 def test_a_shape_of_no_family_is_not_written(changes, tmp_path):
     with pytest.raises(ValueError, match="no Hugging Face family"):
-        huggingface.write_config(dataclasses.replace(QWEN2, **changes), tmp_path)
+        config_json.write_config(dataclasses.replace(QWEN2, **changes), tmp_path)
     assert not list(tmp_path.iterdir())
 
 
 def test_token_ids_and_length_are_written(tmp_path):
     keys = {"bos_token_id": 1, "eos_token_id": [2, 3], "pad_token_id": 0, "max_position_embeddings": 99}
-    huggingface.write_config(QWEN2, tmp_path, **keys)
+    config_json.write_config(QWEN2, tmp_path, **keys)
     raw = json.loads((tmp_path / "config.json").read_text())
     assert {key: raw[key] for key in keys} == keys
-    huggingface.write_config(QWEN2, tmp_path, eos_token_id=None)
+    config_json.write_config(QWEN2, tmp_path, eos_token_id=None)
     assert "eos_token_id" not in json.loads((tmp_path / "config.json").read_text())
     with pytest.raises(TypeError, match="eos_token"):
-        huggingface.write_config(QWEN2, tmp_path, eos_token=3)
+        config_json.write_config(QWEN2, tmp_path, eos_token=3)
 
 
 # ---- what goes along from the source
 
 
 def test_source_gives_its_config_and_tokenizer(tmp_path):
-    source = config_json(tmp_path / "source", publisher_note="kept", dtype="bfloat16", bos_token_id=7)
+    source = folder_with(tmp_path / "source", publisher_note="kept", dtype="bfloat16", bos_token_id=7)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
         (source / name).write_text(name)
     (source / "model.safetensors").write_text("must not be copied")
@@ -249,11 +249,11 @@ def test_source_may_hold_a_tokenizer_alone(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     huggingface.save_params(tmp_path / "x", random_params(QWEN2), QWEN2, source=tmp_path)
     assert (tmp_path / "x" / "tokenizer.json").exists()
-    assert huggingface.read_config(tmp_path / "x") == QWEN2
+    assert config_json.read_config(tmp_path / "x") == QWEN2
 
 
 def test_source_of_another_model_or_with_nothing_is_refused(tmp_path):
-    source = config_json(tmp_path / "source", vocab_size=51)
+    source = folder_with(tmp_path / "source", vocab_size=51)
     with pytest.raises(ValueError, match=r"vocab_size=50 \(source: 51\)"):
         huggingface.save_params(tmp_path / "x", random_params(QWEN2), QWEN2, source=source)
     (tmp_path / "empty").mkdir()

@@ -6,7 +6,7 @@ import math
 import jax
 import pytest
 
-from tapojax.models import decoder, huggingface
+from tapojax.models import config_json, decoder
 from tapojax.models.presets import PRESETS
 
 # Billions of parameters: sums over the published safetensors, tied heads once.
@@ -48,8 +48,8 @@ def test_parameter_count_is_the_published_one(name):
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_can_be_exported_and_read_back(name, tmp_path):
-    huggingface.write_config(PRESETS[name], tmp_path, dtype=PRESETS[name].dtype)
-    read = huggingface.read_config(tmp_path)
+    config_json.write_config(PRESETS[name], tmp_path, dtype=PRESETS[name].dtype)
+    read = config_json.read_config(tmp_path)
     assert read == dataclasses.replace(PRESETS[name], unroll=read.unroll)
 
 

@@ -79,7 +79,7 @@ def launch(name: str, *args: str) -> subprocess.CompletedProcess:
 def test_train_kill_resume_evaluate_convert_and_back_into_transformers(flags):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from tapojax.models import decoder, huggingface
+    from tapojax.models import config_json, decoder, huggingface
 
     folder, args = flags
     child = subprocess.Popen(
@@ -105,7 +105,7 @@ def test_train_kill_resume_evaluate_convert_and_back_into_transformers(flags):
     launch("convert", *args, f"--output={folder / 'exported'}")
     model = AutoModelForCausalLM.from_pretrained(folder / "exported")
     tokens = AutoTokenizer.from_pretrained(folder / "exported")("two and two", return_tensors="pt")["input_ids"]
-    config = huggingface.read_config(folder / "exported")
+    config = config_json.read_config(folder / "exported")
     params = huggingface.load_params(folder / "exported", config)
     ours = decoder.hidden_states(config, params, jnp.asarray(tokens.numpy())) @ decoder.head(params)
     with torch.no_grad():

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from tapojax.models import decoder, huggingface
+from tapojax.models import config_json, decoder, huggingface
 
 torch = pytest.importorskip("torch", reason="parity tests need the [parity] extra: pip install '.[parity]'")
 transformers = pytest.importorskip("transformers", reason="parity tests need the [parity] extra")
@@ -66,7 +66,7 @@ def their_logits(model):
 
 
 def our_logits(folder):
-    config = huggingface.read_config(folder)
+    config = config_json.read_config(folder)
     params = jax.device_put(huggingface.load_params(folder, config))
 
     @jax.jit
@@ -94,7 +94,7 @@ def test_logits_agree_both_ways(name, tmp_path):
     model.save_pretrained(tmp_path / "theirs")
     np.testing.assert_allclose(our_logits(tmp_path / "theirs"), theirs, atol=1e-4, rtol=0)
 
-    config = huggingface.read_config(tmp_path / "theirs")
+    config = config_json.read_config(tmp_path / "theirs")
     params = huggingface.load_params(tmp_path / "theirs", config)
     huggingface.save_params(tmp_path / "ours", params, config, eos_token_id=1)
     huggingface.save_params(tmp_path / "kept", params, config, source=tmp_path / "theirs")
@@ -127,7 +127,7 @@ def test_shards_written_by_transformers_are_read_and_ours_by_transformers(tmp_pa
     assert len(list((tmp_path / "theirs").glob("model-*.safetensors"))) > 2
     np.testing.assert_allclose(our_logits(tmp_path / "theirs"), their_logits(model), atol=1e-4, rtol=0)
 
-    config = huggingface.read_config(tmp_path / "theirs")
+    config = config_json.read_config(tmp_path / "theirs")
     params = huggingface.load_params(tmp_path / "theirs", config)
     huggingface.save_params(tmp_path / "ours", params, config, max_shard_bytes=20_000)
     back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", attn_implementation="eager").eval()
@@ -137,7 +137,7 @@ def test_shards_written_by_transformers_are_read_and_ours_by_transformers(tmp_pa
 def test_bfloat16_checkpoints_pass_without_a_lost_bit(tmp_path):
     model = make_model("qwen3 untied").to(torch.bfloat16)
     model.save_pretrained(tmp_path / "theirs")
-    config = huggingface.read_config(tmp_path / "theirs")
+    config = config_json.read_config(tmp_path / "theirs")
     assert (config.dtype, config.param_dtype) == ("bfloat16", "float32")
     params = huggingface.load_params(tmp_path / "theirs", config, dtype="bfloat16")
     huggingface.save_params(tmp_path / "ours", params, config)
