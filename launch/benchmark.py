@@ -18,7 +18,7 @@ warm-up; memory is the peak of the counted repetitions beyond what stood when th
 and the optimizer's state count); tokens are completion tokens.
 
 Not compared: accelerators and several devices, vLLM and other sampling servers, rows of different length (ours has no
-stop token; TRL and Tunix insist on one, which a random model draws in one row of 65 without ending the batch), lower
+stop token; TRL and Tunix insist on one, which a random model draws in one row of 64 without ending the batch), lower
 precision and recomputation, large models, and how well a policy learns.
 """
 
@@ -270,8 +270,8 @@ def main(argv):
     print(versions(record["cases"]))
     print(f"written  {path}")
     if disturbed := busy_with_others(record["cases"]):
-        print(f"warning: other processes kept more than {QUIET_CORES} cores busy during {', '.join(disturbed)}: repeat")
-        print("  these on a quiet machine. PyTorch's threads wait by spinning, so that load slows TRL most")
+        print(f"warning: other processes kept more than {QUIET_CORES} cores busy during {', '.join(disturbed)}.")
+        print("  Repeat these on a quiet machine: PyTorch's threads wait by spinning, so load multiplies TRL's seconds")
     if any("error" in values for cells in record["cases"].values() for values in cells.values()):
         sys.exit("error: some cases failed; the JSON has their messages")
 

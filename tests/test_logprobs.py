@@ -40,7 +40,7 @@ def test_matches_the_definition_and_its_gradient(temperature, max_bytes):
         return logprobs.token_logprobs_and_entropy(h, w, targets, temperature=temperature, max_bytes=max_bytes)
 
     for got, want in zip(ours(hidden, head), plain(hidden, head, targets, temperature), strict=True):
-        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(got, want, rtol=5e-5, atol=5e-5)
     got, want = scalar(ours)(hidden, head), scalar(lambda h, w: plain(h, w, targets, temperature))(hidden, head)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4)

@@ -78,15 +78,15 @@ def test_every_key_of_a_config_must_be_read():
     sections.check_keys(base.get_config(), known)
     config = base.get_config()
     config.train.minibatchs = 4
-    with pytest.raises(ValueError, match=r"config key train.minibatchs is .* nothing \(did you mean 'minibatches'\?\)"):
+    with pytest.raises(ValueError, match=r"config key train.minibatchs is not read \(did you mean 'minibatches'\?\)"):
         sections.check_keys(config, known)
     config = base.get_config()
     config.optimiser = ConfigDict({"learning_rate": 1.0})
-    with pytest.raises(ValueError, match=r"config key optimiser is read by nothing \(did you mean 'optimizer'\?\)"):
+    with pytest.raises(ValueError, match=r"config key optimiser is not read \(did you mean 'optimizer'\?\)"):
         sections.check_keys(config, known)
 
 
 def test_a_config_with_keys_of_another_algorithm_is_refused():
     config = base.get_config(algorithm="dapo")
-    with pytest.raises(ValueError, match=r"config key algorithm\.\w+ is read by nothing"):
+    with pytest.raises(ValueError, match=r"config key algorithm\.\w+ is not read by gspo"):
         sections.check_keys(config, base.get_config(algorithm="gspo"))

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -106,7 +107,7 @@ def test_train_kill_resume_evaluate_convert_and_back_into_transformers(flags):
     model = AutoModelForCausalLM.from_pretrained(folder / "exported")
     tokens = AutoTokenizer.from_pretrained(folder / "exported")("two and two", return_tensors="pt")["input_ids"]
     config = config_json.read_config(folder / "exported")
-    params = huggingface.load_params(folder / "exported", config)
+    params = jax.tree.map(jnp.asarray, huggingface.load_params(folder / "exported", config))
     ours = decoder.hidden_states(config, params, jnp.asarray(tokens.numpy())) @ decoder.head(params)
     with torch.no_grad():
         np.testing.assert_allclose(ours, model(tokens).logits.numpy(), atol=1e-4)
