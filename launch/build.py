@@ -202,10 +202,13 @@ def check_rows(config):
             f"train.minibatches={config.train.minibatches} x train.microbatches={config.train.microbatches} x {ways} "
             "devices (mesh.data * mesh.fsdp)"
         )
-    if config.prompts_per_step % ways:
-        raise ValueError(
-            f"prompts_per_step={config.prompts_per_step} is not a multiple of {ways} devices (mesh.data * mesh.fsdp)"
-        )
+    for name, prompts in (
+        ("prompts_per_step", config.prompts_per_step),
+        ("evaluation.batch_prompts", config.evaluation.batch_prompts),
+        ("sft.batch_size", config.sft.batch_size),
+    ):
+        if prompts % ways:
+            raise ValueError(f"{name}={prompts} is not a multiple of {ways} devices (mesh.data * mesh.fsdp)")
 
 
 def warm_start_optimizer(section) -> optax.GradientTransformation:

@@ -139,7 +139,6 @@ class Engine(NamedTuple):
 
     load: Callable[[Params, int], Any]  # (params, version) -> weights
     generate: Callable[..., Rollout]  # (weights, prompts, key, *, group_size, sampling, temperature, carry) -> rollout
-    close: Callable[[], None] = lambda: None
 
 
 @runtime_checkable
@@ -180,4 +179,3 @@ class Task(NamedTuple):
     answer: Callable[[str], str | None]  # what a completion answers, for majority votes
     # a completion to imitate in the supervised warm start, given a numpy Generator; None where the task has none
     demonstration: Callable[[Example, Any], str] | None = None
-    close: Callable[[], None] = lambda: None

@@ -88,3 +88,16 @@ def test_no_buffer_of_all_logits_at_a_real_vocabulary(mode):
     assert max(sizes) < rows * length * vocab / 10
     temporaries = compiled.memory_analysis().temp_size_in_bytes
     assert temporaries < 3 * budget + 3 * width * vocab * 4, f"{temporaries / 2**20:.0f} MiB of temporaries"
+
+
+@pytest.mark.parametrize("max_bytes", [2**27, 1])
+@pytest.mark.parametrize("which", [0, 1])
+def test_gradient_of_one_output_alone(which, max_bytes):
+    """A log-prob loss pays no logarithm for the entropy, and an entropy bonus alone is right too."""
+    hidden, head, targets = make()
+
+    def ours(h):
+        return jnp.sum(logprobs.token_logprobs_and_entropy(h, head, targets, max_bytes=max_bytes)[which] ** 2)
+
+    want = jax.grad(lambda h: jnp.sum(plain(h, head, targets, 1.0)[which] ** 2))(hidden)
+    np.testing.assert_allclose(jax.grad(ours)(hidden), want, rtol=2e-4, atol=2e-4)

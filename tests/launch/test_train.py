@@ -179,3 +179,51 @@ def test_mistakes_are_found_before_anything_is_compiled(key, value, said):
         config.update_from_flattened_dict({key: value})
     with pytest.raises(ValueError, match=said):
         build.setup(config)
+
+
+def test_eight_devices_take_the_same_steps_as_one(straight, tmp_path):
+    """fsdp 4 x tensor 2 on fake CPU devices: same samples, same scores, same losses up to float32's rounding."""
+    workdir = tmp_path / "mesh"
+    env = environment() | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    mesh = (
+        "--config.mesh.fsdp=4",
+        "--config.mesh.tensor=2",
+        "--config.steps=2",
+        "--config.optimizer.schedule=constant",
+    )
+    done = subprocess.run(command(workdir, *mesh), cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    ours, alone = lines(workdir, "metrics.jsonl")[0], lines(straight[0], "metrics.jsonl")[0]
+    for name in ("accuracy", "length_mean", "sampled_tokens"):
+        assert ours[name] == alone[name], name
+    for name in ("loss", "entropy", "reference_kl", "gradient_norm"):
+        np.testing.assert_allclose(ours[name], alone[name], rtol=1e-3, atol=1e-5, err_msg=name)
+
+
+def test_warm_start_by_itself_profile_and_dynamic_sampling(tmp_path):
+    """launch.sft leaves the initial policy where launch.train finds it; DAPO refills; one step is profiled."""
+    workdir = tmp_path / "dapo"
+    flags = [
+        "--config=configs/quickstart.py:dapo",
+        "--config.steps=2",
+        "--config.sft.updates=60",
+        "--config.task.evaluation_size=16",
+        "--config.task.levels=(1,)",
+        "--config.task.evaluation_levels=(1,)",
+        "--config.evaluation.every=0",
+        "--config.log.profile_step=2",
+        f"--workdir={workdir}",
+    ]
+    for name in ("sft", "train"):
+        done = subprocess.run(
+            [sys.executable, "-m", f"launch.{name}", *flags],
+            cwd=ROOT,
+            env=environment(),
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert ("warm start 60/60" in done.stdout) == (name == "sft"), "the warm start is made once"
+    for record in lines(workdir, "metrics.jsonl"):
+        assert record["collapsed_groups"] == 0 and record["sampled_rows"] >= 128 and record["silent_rows"] == 0
+    assert list(workdir.glob("profile/**/*.xplane.pb")) and list(workdir.glob("tensorboard/events*"))
