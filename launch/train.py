@@ -41,15 +41,10 @@ def train(config, workdir: Path) -> dict:
             print(f"resumed {workdir} at step {start}", flush=True)
         log = metrics.open_log(workdir, start=start, tensorboard=config.log.tensorboard)
 
-        # ---- compiled functions
-        section = config.train
-        updates = section.minibatches * section.epochs
-        score_rows = jax.jit(policy.in_microbatches(run.score, section.minibatches * section.microbatches))
-        make_batch = jax.jit(functools.partial(train_step.make_batch, run.algorithm, correct=run.correct))
-        step_fn = train_step.make_train_step(run.score, run.algorithm, run.optimizer, microbatches=section.microbatches)
-        update = jax.jit(step_fn, donate_argnums=0)
+        score_rows, make_batch, update = compiled(run, config.train)
         # with a single update the train step's own log-probs are the old ones: no pass of their own is needed
-        needs_old = updates > 1 or run.correct or run.algorithm.signals or run.algorithm.update_carry
+        single = config.train.minibatches * config.train.epochs == 1
+        needs_old = not single or run.correct or run.algorithm.signals or run.algorithm.update_carry
 
         # ---- the loop
         skipped = 0
@@ -81,7 +76,7 @@ def train(config, workdir: Path) -> dict:
                 with metrics.timed(spent, "train"):
                     history = []
                     for rows in train_step.minibatches(
-                        batch, count=section.minibatches, epochs=section.epochs, seed=(config.seed, step)
+                        batch, count=config.train.minibatches, epochs=config.train.epochs, seed=(config.seed, step)
                     ):
                         state, values = update(state, sharding.shard_batch(rows, run.mesh))
                         history.append(values)
@@ -90,7 +85,7 @@ def train(config, workdir: Path) -> dict:
                     state = state._replace(carry=run.algorithm.update_carry(state.carry, old_stats, rollout))
 
             write(log, config, run, step, part, batch, history, {**spent, **part.seconds}, totals)
-            skipped = stop_if_diverged(skipped, history, step, section.max_nonfinite)
+            skipped = stop_if_diverged(skipped, history, step, config.train.max_nonfinite)
             evaluate(step + 1, config, run, state.params, log, totals)
             if (step + 1) % config.checkpoint.every == 0 or step + 1 == config.steps:
                 with metrics.timed(totals, "checkpoint"):
@@ -98,6 +93,14 @@ def train(config, workdir: Path) -> dict:
     totals["this_process"] = time.perf_counter() - started
     title = f"{config.algorithm.name} · {config.task.name} · seed {config.seed}"
     return report.finish(workdir, steps=config.steps, title=title, seconds=totals)
+
+
+def compiled(run: build.Setup, section):
+    """The three jitted functions of a step: score rows, make a batch of them, update on a minibatch of it."""
+    score_rows = policy.in_microbatches(run.score, section.minibatches * section.microbatches)
+    make_batch = functools.partial(train_step.make_batch, run.algorithm, correct=run.correct)
+    update = train_step.make_train_step(run.score, run.algorithm, run.optimizer, microbatches=section.microbatches)
+    return jax.jit(score_rows), jax.jit(make_batch), jax.jit(update, donate_argnums=0)
 
 
 def evaluate(step: int, config, run: build.Setup, params, log: metrics.Log, totals: dict):
@@ -128,6 +131,7 @@ def write(log, config, run, step, part, batch, history, spent: dict, totals: dic
     means = {name: float(np.mean([values[name] for values in history])) for name in history[0]}
     record = {
         "step": step,
+        "reward": float(np.nanmean(run.algorithm.rewards(part.scores, part.rollout, step))),
         **metrics.rollout_metrics(part, run.algorithm.group_size),
         **metrics.batch_metrics(batch),
         **means,

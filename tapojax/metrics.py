@@ -130,6 +130,7 @@ def timed(seconds: dict[str, float], stage: str):
 
 
 PROGRESS = (
+    ("reward", "reward", "{:.3f}"),
     ("accuracy", "acc", "{:.3f}"),
     ("entropy", "entropy", "{:.3f}"),
     ("update_kl", "kl", "{:.1e}"),

@@ -78,6 +78,7 @@ def test_a_run_leaves_everything_in_its_folder(straight):
     metrics = lines(workdir, "metrics.jsonl")
     assert [m["step"] for m in metrics] == [0, 1, 2, 3, 4]
     needed = {
+        "reward",
         "accuracy",
         "entropy",
         "reference_kl",
