@@ -28,6 +28,8 @@ def run(main: Callable[[], None]):
     def guarded(argv):
         if len(argv) > 1:
             sys.exit(f"error: unexpected argument {argv[1]!r}: options are given as --name=value")
+        if CONFIG.value is None:
+            sys.exit("error: which config? Give --config=configs/quickstart.py or another file of configs/")
         try:
             main()
         except (ValueError, OSError) as error:
@@ -37,7 +39,6 @@ def run(main: Callable[[], None]):
 
     logging.set_verbosity(logging.WARNING)
     cache_compilations()
-    flags.mark_flag_as_required("config")
     app.run(guarded, flags_parser=_parse_flags)
 
 
@@ -53,7 +54,8 @@ def _said(error: Exception) -> str:
     while error.args and isinstance(error.args[0], Exception):
         error = error.args[0]
     if not isinstance(error, KeyError):
-        return str(error)
+        message, _, trace = str(error).partition("Traceback (most recent call last)")  # of a mistake in a config file
+        return trace.strip().splitlines()[-1] if trace else message
     return f"no such config key: {' '.join(str(error.args[0]).split())} (all keys are in configs/base.py)"
 
 
@@ -79,7 +81,7 @@ def write_config(config, workdir: Path):
       ValueError: a key differs; it is named with both values.
     """
     path, new = workdir / "config.json", json.loads(config.to_json())
-    if path.exists():
+    if path.exists() and (workdir / "initial" / "0").exists():  # a start that failed before binds nobody
         old = json.loads(path.read_text())
         for key, (was, now) in _differences(old, new).items():
             raise ValueError(

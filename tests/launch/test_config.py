@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import json
 import os
 import subprocess
 import sys
@@ -103,6 +104,7 @@ def test_rows_that_do_not_divide_are_refused():
 def test_a_resumed_run_must_have_the_same_config(tmp_path):
     config, workdir = base.get_config(), tmp_path / "run"
     cli.write_config(config, workdir)
+    (workdir / "initial" / "0").mkdir(parents=True)  # the run has begun
     written = (workdir / "config.json").read_text()
     cli.write_config(base.get_config(), workdir)
     assert (workdir / "config.json").read_text() == written
@@ -115,8 +117,18 @@ def test_a_resumed_run_must_have_the_same_config(tmp_path):
     assert (workdir / "config.json").read_text() == written
 
 
-def test_lists_and_infinities_survive_the_file(tmp_path):
-    """dual_clip is infinite by default, levels are a tuple: a run must still be the same as itself."""
+def test_a_start_that_failed_binds_nobody(tmp_path):
+    """The first command named a broken checkpoint; the second, with a good one, may use the folder."""
+    first, second = base.get_config(), base.get_config()
+    first.model.path = "broken"
+    cli.write_config(first, tmp_path)
+    cli.write_config(second, tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["model"]["path"] == ""
+
+
+def test_tuples_survive_the_file(tmp_path):
+    """JSON has lists only: a run must still be the same as itself."""
+    (tmp_path / "initial" / "0").mkdir(parents=True)
     config = base.get_config()
     config.task.levels = (2, 3)
     for _ in range(2):
@@ -141,7 +153,7 @@ def command(*arguments, cwd=ROOT):
     [
         (["--config=configs/quickstart.py", "--config.algorithm.clip_hgh=0.3"], ["clip_hgh", '"clip_high"']),
         (["--config=configs/quickstart.py", "--config.algorithm.name=grop"], ["'grop'", "did you mean 'grpo'?"]),
-        ([], ["--config must have a value"]),
+        ([], ["which config?"]),
     ],
 )
 def test_a_mistake_ends_in_one_line(arguments, says, tmp_path):
