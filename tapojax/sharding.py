@@ -37,7 +37,7 @@ def make_mesh(*, data: int = 1, fsdp: int = 1, tensor: int = 1, context: int = 1
     if needed > len(devices):
         raise ValueError(
             f"mesh {dict(zip(AXES, shape, strict=True))} needs {needed} devices, this process sees {len(devices)} "
-            f"({devices[0].platform}): lower mesh.*, or for a trial set "
+            f"({devices[0].platform}): lower mesh.*, or for a trial set NPROC=32 "
             f"XLA_FLAGS=--xla_force_host_platform_device_count={needed}"
         )
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[:needed])

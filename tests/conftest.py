@@ -5,6 +5,9 @@ import tempfile
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
+# XLA's CPU pool has as many threads as cores or devices. With 8 fake devices on 2 cores, 7 that wait in a collective
+# can leave none for the matrix product the eighth is waiting for: a deadlock. NPROC is the size XLA takes instead.
+os.environ.setdefault("NPROC", "32")
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / "tapojax-test-cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
