@@ -23,13 +23,18 @@ REQUIRES = [
     "matplotlib>=3.10,<4",
     "tensorboardX>=2.6.5,<3",
 ]
+NOTEBOOKS = ["nbclient>=0.11,<0.12", "nbformat>=5.11,<6", "ipykernel>=7.4,<8"]
+JUDGES = ["openai>=2,<3"]  # judges and teachers behind an OpenAI-compatible endpoint
 EXTRAS = {
     "cuda": ["jax[cuda13]>=0.10,<0.13"],
     "tpu": ["jax[tpu]>=0.10,<0.13"],
     "vllm": ["vllm>=0.32,<0.33"],  # for the rollout server's own environment; brings torch and CUDA
-    "notebooks": ["jupyterlab>=4", "nbmake>=1.5.5"],
+    "notebooks": ["jupyterlab>=4", *NOTEBOOKS],
+    "judges": JUDGES,
     "parity": ["torch==2.13.0"],  # comparisons with transformers; a CPU build is enough
     "dev": [
+        *NOTEBOOKS,  # the tests execute notebooks/
+        *JUDGES,
         "beartype>=0.22",
         "hypothesis>=6.150",
         "mypy>=1.19,<3",

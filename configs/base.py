@@ -61,6 +61,11 @@ def get_config(*, algorithm: str = "grpo", task: str = "arithmetic") -> ConfigDi
     c.collect.max_rounds = 10  # of dynamic sampling before the run stops
     c.collect.max_error_share = 0.2  # of rows without a score before the run stops
 
+    c.judge = ConfigDict()  # whose verdicts are the score channel "flawed", instead of the task's own
+    c.judge.workdir = ""  # of a finished run of configs/genrm_gym.py; empty: no judge
+    c.judge.temperature = 0.0
+    c.judge.batch_rows = 64  # criticised at a time
+
     c.sft = ConfigDict()  # supervised warm start on the task's demonstrations
     c.sft.updates = 0
     c.sft.batch_size = 96
@@ -89,3 +94,14 @@ def get_config(*, algorithm: str = "grpo", task: str = "arithmetic") -> ConfigDi
     c.log.rollouts = 4  # sampled completions written down a step
     c.log.profile_step = 0  # the step to profile, 0: none
     return c
+
+
+def choose(file: str, mode: str, modes) -> str:
+    """The mode of a config file that `--config=configs/file.py:mode` asks for; the first for none and for quicktest.
+
+    Raises:
+      ValueError: there is no such mode.
+    """
+    if mode and mode != "quicktest" and mode not in modes:
+        raise ValueError(f"configs/{file}.py:{mode} is unknown: say :quicktest or one of {[*modes]}")
+    return mode if mode in modes else next(iter(modes))

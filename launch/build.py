@@ -2,20 +2,23 @@
 
 import dataclasses
 import functools
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import optax
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from launch import sections
-from tapojax import correction, policy, sharding, train_step
+from tapojax import checkpoint, correction, policy, sharding, train_step
 from tapojax.algorithms import ALGORITHMS
 from tapojax.models import config_json, decoder, huggingface, presets
 from tapojax.models.config import DecoderConfig
 from tapojax.rollout import local
-from tapojax.tasks import TASKS
+from tapojax.tasks import TASKS, judged
 from tapojax.types import Algorithm, Engine, Sampling, Task
 
 
@@ -42,7 +45,7 @@ def setup(config) -> Setup:
     return Setup(
         mesh=mesh,
         task=problems,
-        algorithm=algorithm(config),
+        algorithm=algorithm(config, problems),
         model=decoder_config,
         optimizer=optimizer(
             config.optimizer, total_updates=config.steps * config.train.minibatches * config.train.epochs
@@ -69,14 +72,69 @@ def setup(config) -> Setup:
 
 
 def task(config) -> Task:
-    return sections.build(
+    """The task, with the verdicts of a judge where the config names one."""
+    problems = sections.build(
         TASKS, config.task, "task", seed=config.seed, max_prompt_tokens=config.sampling.max_prompt_tokens
+    )
+    return judged.judged(problems, judge(config)) if config.judge.workdir else problems
+
+
+def judge(config) -> judged.Judge:
+    """The critic that the run in judge.workdir has trained, on the devices of this one.
+
+    Raises:
+      ValueError: that is no run of the task "critiques", or has no checkpoint.
+    """
+    workdir = Path(config.judge.workdir)
+    if not (workdir / "config.json").is_file():
+        raise ValueError(
+            f"judge.workdir={str(workdir)!r} has no config.json: train a judge with "
+            f"python -m launch.train --config=configs/genrm_gym.py --workdir={workdir}"
+        )
+    its = ConfigDict(json.loads((workdir / "config.json").read_text()))
+    if its.task.name != "critiques":
+        raise ValueError(f"judge.workdir={str(workdir)!r} is a run of the task {its.task.name!r}, not of 'critiques'")
+    its.mesh = config.mesh
+    run = setup(its)
+    with jax.set_mesh(run.mesh):
+        _, params = saved_params(run, workdir)
+        weights = run.engine.load(params, 0)
+    return judged.critic(
+        run.engine,
+        weights,
+        dataclasses.replace(run.sampling, temperature=config.judge.temperature),
+        max_prompt_tokens=its.sampling.max_prompt_tokens,
+        batch_rows=config.judge.batch_rows,
     )
 
 
-def algorithm(config) -> Algorithm:
+def saved_params(run: Setup, workdir: Path, *, initial: bool = False) -> tuple[int, Any]:
+    """Steps done and parameters of the newest checkpoint of the run in `workdir`, or of the policy it started from.
+
+    Raises:
+      ValueError: there is none.
+    """
+    folder, like = workdir / ("initial" if initial else "checkpoints"), abstract_state(run)
+    if not folder.is_dir():
+        raise ValueError(f"no {folder.name}/ in {workdir}: is it the folder of a run?")
+    restored = checkpoint.restore_newest(checkpoint.open_manager(folder), like.params if initial else like)
+    if restored is None:
+        raise ValueError(f"{folder} holds no checkpoint yet: let the run reach checkpoint.every steps")
+    step, state, _ = restored
+    return step, state if initial else state.params
+
+
+def algorithm(config, problems: Task) -> Algorithm:
+    """The algorithm with its knobs; what else it asks for is given by name."""
     return sections.build(
-        ALGORITHMS, config.algorithm, "algorithm", group_size=config.group_size, max_tokens=config.sampling.max_tokens
+        ALGORITHMS,
+        config.algorithm,
+        "algorithm",
+        group_size=config.group_size,
+        max_tokens=config.sampling.max_tokens,
+        temperature=config.sampling.temperature,
+        steps=config.steps,
+        task=problems,
     )
 
 
@@ -205,6 +263,7 @@ def check_rows(config):
     for name, prompts in (
         ("prompts_per_step", config.prompts_per_step),
         ("evaluation.batch_prompts", config.evaluation.batch_prompts),
+        ("judge.batch_rows", config.judge.batch_rows),
         ("sft.batch_size", config.sft.batch_size),
     ):
         if prompts % ways:

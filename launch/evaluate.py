@@ -16,7 +16,7 @@ import jax
 from absl import flags
 
 from launch import build, cli
-from tapojax import checkpoint, evaluation, report
+from tapojax import evaluation, report
 
 POLICY = flags.DEFINE_enum("policy", "newest", ["newest", "initial"], "which parameters of the run in --workdir")
 RESULTS = flags.DEFINE_string("results", "results", "folder for the JSON, the table and the samples")
@@ -64,16 +64,9 @@ def chosen_params(config, run: build.Setup):
             sys.exit("error: nothing to evaluate: give --workdir of a run, or --config.model.path of a checkpoint")
         params = build.initial_params(config.model, run.model, run.mesh, jax.random.key(config.seed))
         return Path(config.model.path).name, params
-    workdir = Path(cli.WORKDIR.value)
-    like = build.abstract_state(run)
-    folder, like = ("initial", like.params) if POLICY.value == "initial" else ("checkpoints", like)
-    if not (workdir / folder).is_dir():
-        raise ValueError(f"no {folder}/ in {workdir}: is it the folder of a run?")
-    restored = checkpoint.restore_newest(checkpoint.open_manager(workdir / folder), like)
-    if restored is None:
-        raise ValueError(f"{workdir / folder} holds no checkpoint yet: let the run reach checkpoint.every steps")
-    step, state, _ = restored
-    return (f"{workdir.name}-initial", state) if POLICY.value == "initial" else (f"{workdir.name}-{step}", state.params)
+    workdir, initial = Path(cli.WORKDIR.value), POLICY.value == "initial"
+    step, params = build.saved_params(run, workdir, initial=initial)
+    return f"{workdir.name}-{'initial' if initial else step}", params
 
 
 if __name__ == "__main__":

@@ -48,7 +48,8 @@ def warm_start(config, model: DecoderConfig, task: Task, mesh, params):
     )
     state = build.fresh_state(algorithm, optimizer, params, mesh)
     step_fn = jax.jit(train_step.make_train_step(score, algorithm, optimizer), donate_argnums=0)
-    batches = data.batches(task.train, batch_size=config.sft.batch_size, seed=config.seed)
+    examples = task.train if task.warm_start is None else task.warm_start
+    batches = data.batches(examples, batch_size=config.sft.batch_size, seed=config.seed)
     rng = np.random.default_rng(config.seed)
     for update in range(config.sft.updates):
         tokens, mask = demonstrations(next(batches), task, demonstration, rng, config.sampling)
@@ -70,7 +71,8 @@ def demonstrations(examples, task: Task, demonstration, rng: np.random.Generator
     mask = np.zeros(tokens.shape, bool)
     for row, row_mask, example in zip(tokens, mask, examples, strict=True):
         prompt = task.prompt(example)
-        completion = [*task.tokenizer.encode(demonstration(example, rng)), task.tokenizer.eos_token_id]
+        text = demonstration(example, rng)
+        completion = [*task.tokenizer.encode(text, add_special_tokens=False), task.tokenizer.eos_token_id]
         if len(completion) > budget.max_tokens:
             raise ValueError(
                 f"the demonstration of {example['id']!r} has {len(completion)} tokens, sampling.max_tokens is "

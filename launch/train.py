@@ -33,11 +33,11 @@ def train(config, workdir: Path) -> dict:
         state = build.fresh_state(run.algorithm, run.optimizer, initial, run.mesh)
         batches = data.batches(run.task.train, batch_size=config.prompts_per_step, seed=config.seed)
         manager = checkpoint.open_manager(workdir / "checkpoints", keep=config.checkpoint.keep)
-        start = 0
+        start, memory = 0, run.algorithm.memory
         if restored := checkpoint.restore_newest(manager, checkpoint.abstract(state)):
             start, state, record = restored
             batches.set_state(record["data"])
-            totals = record["seconds"]
+            totals, memory = record["seconds"], record["memory"]
             print(f"resumed {workdir} at step {start}", flush=True)
         log = metrics.open_log(workdir, start=start, tensorboard=config.log.tensorboard)
 
@@ -64,8 +64,11 @@ def train(config, workdir: Path) -> dict:
                     step=step,
                     key=jax.random.fold_in(jax.random.key(config.seed), step),
                     carry=state.carry,
+                    memory=memory,
+                    score=functools.partial(score_rows, state.params),
                     **config.collect,
                 )
+                memory = part.memory
                 with metrics.timed(spent, "score"):
                     rollout, scores = sharding.shard_batch((part.rollout, dict(part.scores)), run.mesh)
                     old_stats = score_rows(state.params, rollout.tokens, rollout.mask) if needs_old else None
@@ -89,7 +92,8 @@ def train(config, workdir: Path) -> dict:
             evaluate(step + 1, config, run, state.params, log, totals)
             if (step + 1) % config.checkpoint.every == 0 or step + 1 == config.steps:
                 with metrics.timed(totals, "checkpoint"):
-                    checkpoint.save(manager, step + 1, state, {"data": batches.get_state(), "seconds": totals})
+                    record = {"data": batches.get_state(), "seconds": totals, "memory": memory}
+                    checkpoint.save(manager, step + 1, state, record)
     totals["this_process"] = time.perf_counter() - started
     title = f"{config.algorithm.name} · {config.task.name} · seed {config.seed}"
     return report.finish(workdir, steps=config.steps, title=title, seconds=totals)
@@ -129,11 +133,13 @@ def write(log, config, run, step, part, batch, history, spent: dict, totals: dic
     for stage, seconds in spent.items():
         totals[stage] = totals.get(stage, 0.0) + seconds
     means = {name: float(np.mean([values[name] for values in history])) for name in history[0]}
+    rewards, own = run.algorithm.rewards(part.scores, part.rollout, step), run.algorithm.diagnostics
     record = {
         "step": step,
-        "reward": float(np.nanmean(run.algorithm.rewards(part.scores, part.rollout, step))),
+        "reward": float(np.nanmean(rewards)),
         **metrics.rollout_metrics(part, run.algorithm.group_size),
-        **metrics.batch_metrics(batch),
+        **metrics.batch_metrics(batch, part.scores["correct"]),
+        **(own(rewards, part.scores, part.rollout, step) if own else {}),
         **means,
         "tokens_per_second": part.sampled_tokens / sum(spent.values()),
         **{f"seconds_{stage}": seconds for stage, seconds in spent.items()},
@@ -141,6 +147,8 @@ def write(log, config, run, step, part, batch, history, spent: dict, totals: dic
     metrics.append(log, "metrics", record)
     for sample in metrics.sample_records(part, step, config.log.rollouts, run.algorithm.group_size):
         metrics.append(log, "rollouts", sample)
+    for row in metrics.injection_records(part, step, run.algorithm.group_size):
+        metrics.append(log, "injections", row)
     print(metrics.progress_line(record, config.steps), flush=True)
 
 

@@ -92,6 +92,37 @@ class Estimate(NamedTuple):
     high: float
 
 
+def critic_scores(predicted, label) -> dict[str, float]:
+    """How well a critic finds flawed solutions, and the flaw in them.
+
+    A solution is flawed where label, the index of its first wrong step, is not -1, and is called flawed where predicted
+    is not -1. accuracy, precision, recall and f1 are those of the call (FlawedPositiveBench); location is the share of
+    exact indices; process_f1 is the harmonic mean of that share among the flawed and among the others (ProcessBench).
+
+    No verdict (NaN or below -1) is taken for the wrong one, where the published script takes it for a call. Rows
+    without label (NaN) are left out; a rate of nothing is NaN.
+
+    Source: Zheng et al., arXiv 2412.06559; Ding et al., arXiv 2510.22543.
+    """
+    predicted, label = (np.asarray(values, float) for values in (predicted, label))
+    predicted, label = predicted[~np.isnan(label)], label[~np.isnan(label)]
+    flawed, exact = label != -1, predicted == label
+    called = np.where(predicted >= -1, predicted != -1, ~flawed)
+    precision, recall = _mean(flawed[called]), _mean(called[flawed])
+    return {
+        "accuracy": _mean(called == flawed),
+        "precision": precision,
+        "recall": recall,
+        "f1": _harmonic_mean(precision, recall),
+        "location": _mean(exact),
+        "process_f1": _harmonic_mean(_mean(exact[flawed]), _mean(exact[~flawed])),
+    }
+
+
+def _harmonic_mean(a: float, b: float) -> float:
+    return 2 * a * b / (a + b) if a + b else a + b
+
+
 def estimate(per_problem) -> Estimate:
     return Estimate(_mean(per_problem), *confidence_interval(per_problem))
 
@@ -151,7 +182,10 @@ def evaluate(
 
 
 def summarise(records: Sequence[dict], samples: int, channels: Sequence[str]) -> dict:
-    """pass@k for the powers of two up to `samples`, avg@k, maj@k, channel means, lengths, truncation, error counts."""
+    """pass@k for the powers of two up to `samples`, avg@k, maj@k, channel means, lengths, truncation, error counts.
+
+    Channels "predicted" and "label" are a critic's; they give critic_precision and the others of `critic_scores`.
+    """
     table = {name: np.array([r[name] for r in records]).reshape(-1, samples) for name in channels}
     correct = table["correct"]
     scored = np.sum(~np.isnan(correct), axis=1)
@@ -164,12 +198,14 @@ def summarise(records: Sequence[dict], samples: int, channels: Sequence[str]) ->
         for k in powers
     }
     answers = np.array([r["answer"] for r in records], dtype=object).reshape(-1, samples)
+    critic = critic_scores(table["predicted"], table["label"]) if {"predicted", "label"} <= set(channels) else {}
     votes = [_majority_is_right(list(a), c) for a, c in zip(answers, correct, strict=True)]
     return {
         **passes,
         f"avg@{samples}": average_at_k(correct),
         f"maj@{samples}": estimate(votes)._asdict(),
         **{f"mean_{name}": _mean(values) for name, values in table.items() if name != "correct"},
+        **{f"critic_{name}": value for name, value in critic.items()},
         "problems": len(correct),
         "samples": samples,
         "mean_length": float(np.mean([r["length"] for r in records])),

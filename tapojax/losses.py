@@ -4,7 +4,8 @@ What every function here expects of its caller:
   * arrays are [B, T] and aligned with tokens; outside the mask they hold 0 (any finite number will do) and the weights
     are 0. The functions that take no mask cannot hide an inf or NaN: 0 · inf is NaN in value and in gradient, so put 0
     there with `where` before the call. Those that take a mask do this themselves and return 0 outside it;
-  * old_logprobs, ref_logprobs, advantages and clips are constants of the loss. Their gradients are not stopped here;
+  * old_logprobs, ref_logprobs, advantages and clips are constants of the loss. Their gradients are not stopped here
+    (those of HAPO's, which are made inside the loss, are);
   * `clip_low` and `clip_high` are distances from 1, scalars or one a token.
 
 δ_t = logprobs - old_logprobs and r_t = exp(δ_t) below; sg is stop_gradient, m the mask, n = Σ_t m_t a row's length.
@@ -135,6 +136,48 @@ def clip_fraction(
     """1 where `clipped_surrogate` takes the clipped branch and so has no gradient, else 0; a metric."""
     logprobs, old_logprobs, advantages, low, high = _promote(logprobs, old_logprobs, advantages, clip_low, clip_high)
     return _clips(jnp.exp(logprobs - old_logprobs), advantages, low, high).astype(logprobs.dtype)
+
+
+def adaptive_clip(
+    signal: Float[ArrayLike, "B T"], *, clip_low: ScalarLike, clip_high: ScalarLike, strength: ScalarLike = 1.0
+) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
+    """HAPO's asymmetric clip range: unsure tokens may rise further, sure ones fall further.
+
+    low_t  = clip_low · (1 - strength·ĥ_t)  where ĥ_t <= 0, else clip_low
+    high_t = clip_high · (1 + strength·ĥ_t) where ĥ_t > 0, else clip_high
+
+    ĥ in [-1, 1] is the signal of `entropy.signal`; its gradient is stopped. strength = 0 gives the plain clips.
+
+    Source: Liu et al. 2025 (HAPO), arXiv 2509.16591, and its code (starriver030515/HAPO).
+    """
+    signal, low, high = _promote(jax.lax.stop_gradient(signal), clip_low, clip_high)
+    return low * (1 + strength * jnp.maximum(-signal, 0)), high * (1 + strength * jnp.maximum(signal, 0))
+
+
+def redistribute(
+    advantages: Float[ArrayLike, "B T"],
+    signal: Float[ArrayLike, "B T"],
+    ratio: Float[ArrayLike, "B T"],
+    *,
+    clip_low: ScalarLike | Float[ArrayLike, "B T"],
+    clip_high: ScalarLike | Float[ArrayLike, "B T"],
+    strength: ScalarLike = 1.0,
+) -> Float[Array, "B T"]:
+    """HAPO's differential advantages: more for unsure tokens on the move, less for sure tokens that rest.
+
+    A'_t = A_t · (1 + strength·ĥ_t)   where ĥ_t > 0 and r_t outside, or ĥ_t <= 0 and r_t inside, of
+           1 - clip_low_t/2 < r_t < 1 + clip_high_t/2
+    A'_t = A_t                        elsewhere
+
+    The clips are those of the loss, adaptive ones included, as in the code; the paper does not say which. A constant of
+    the loss: all gradients are stopped, also that of r. strength <= 1 keeps every sign; 0 gives A back.
+
+    Source: Liu et al. 2025 (HAPO), arXiv 2509.16591, and its code (starriver030515/HAPO).
+    """
+    inputs = _promote(advantages, signal, ratio, clip_low, clip_high)
+    advantages, signal, ratio, low, high = jax.lax.stop_gradient(inputs)
+    resting = (ratio > 1 - low / 2) & (ratio < 1 + high / 2)
+    return advantages * jnp.where(resting == (signal <= 0), 1 + strength * signal, 1)
 
 
 def kl_k1(logprobs: Float[ArrayLike, "B T"], ref_logprobs: Float[ArrayLike, "B T"]) -> Float[Array, "B T"]:

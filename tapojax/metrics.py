@@ -24,8 +24,8 @@ class Log(NamedTuple):
 
 def open_log(workdir: Path, *, start: int, tensorboard: bool) -> Log:
     """Opens the log of a run that goes on at step `start`: lines of later steps, left by a killed run, are dropped."""
-    for name, first_dropped in (("metrics", start), ("rollouts", start), ("evaluations", start + 1)):
-        _drop_from(workdir / f"{name}.jsonl", first_dropped)
+    for name in ("metrics", "rollouts", "injections", "evaluations"):
+        _drop_from(workdir / f"{name}.jsonl", start + (name == "evaluations"))
     writer = SummaryWriter(str(workdir / "tensorboard"), purge_step=start) if tensorboard else None
     return Log(workdir, writer)
 
@@ -51,7 +51,7 @@ def append(log: Log, name: str, record: Mapping):
     clean = {key: _plain(value) for key, value in record.items()}
     with open(log.workdir / f"{name}.jsonl", "a") as file:
         file.write(json.dumps(clean) + "\n")
-    if log.tensorboard is not None and name != "rollouts":
+    if log.tensorboard is not None and name in ("metrics", "evaluations"):
         for key, value in clean.items():
             value = value.get("mean") if isinstance(value, dict) else value
             if isinstance(value, float | int) and key != "step":
@@ -86,6 +86,7 @@ def rollout_metrics(part: Collected, group_size: int) -> dict:
         "length_mean": float(lengths.mean()),
         "length_max": int(lengths.max()),
         "truncated": float(np.mean(part.rollout.truncated)),
+        "prompt_tokens": float(part.rollout.prompt_lengths.mean()),
         "injected": float(np.mean(part.rollout.source > 0)),
         "score_errors": len(part.errors),
         "sampled_rows": part.sampled_rows,
@@ -93,15 +94,32 @@ def rollout_metrics(part: Collected, group_size: int) -> dict:
     }
 
 
-def batch_metrics(batch: Batch) -> dict:
-    """What the algorithm made of it: the share of rows without any signal, and of rows left out unscored."""
-    advantages, mask = np.asarray(batch.advantages), np.asarray(batch.mask)
-    active = np.any(mask, axis=1)
-    return {
-        "silent_rows": float(np.mean(~np.any(advantages != 0, axis=1)[active])) if active.any() else 1.0,
+def batch_metrics(batch: Batch, correct) -> dict:
+    """What the algorithm made of it: rows without any signal, rows left out, and advantages of right and wrong rows.
+
+    `silent_rows` is the signal exhaustion of Tan et al. (PAPO), arXiv 2603.26535: the share of the rows in the mask
+    whose advantage is 0 at every token. A row's advantage is its mean over tokens; within 1e-6 it counts as 0.
+    """
+    mask, correct = np.asarray(batch.mask), np.asarray(correct)
+    active, advantages = np.any(mask, axis=1), np.where(mask, batch.advantages, 0)
+    row = advantages.sum(axis=1) / np.maximum(mask.sum(axis=1), 1)
+    rows_in_mask = max(active.sum(), 1)
+    values = {
+        "silent_rows": float(np.mean(np.abs(advantages[active]).max(axis=1) <= 1e-6)) if active.any() else 1.0,
         "masked_rows": float(np.mean(~active)),
         "advantage_max": float(np.abs(advantages).max()),
+        "advantage_positive": float(np.sum(row > 1e-6) / rows_in_mask),
+        "advantage_negative": float(np.sum(row < -1e-6) / rows_in_mask),
     }
+    for name, rows in (("right", active & (correct >= 0.5)), ("wrong", active & (correct < 0.5))):
+        if rows.any():
+            values |= {
+                f"advantage_{name}_mean": float(row[rows].mean()),
+                f"advantage_{name}_std": float(row[rows].std(ddof=1)) if rows.sum() > 1 else float("nan"),
+                f"advantage_{name}_min": float(row[rows].min()),
+                f"advantage_{name}_max": float(row[rows].max()),
+            }
+    return values
 
 
 def sample_records(part: Collected, step: int, count: int, group_size: int) -> list[dict]:
@@ -116,6 +134,21 @@ def sample_records(part: Collected, step: int, count: int, group_size: int) -> l
             **{name: float(values[i * group_size]) for name, values in part.scores.items()},
         }
         for i in range(min(count, len(part.prompts.examples)))
+    ]
+
+
+def injection_records(part: Collected, step: int, group_size: int) -> list[dict]:
+    """Every row that was not sampled from the policy, in words, with all that is known of where it came from."""
+    return [
+        {
+            "step": step,
+            "id": str(part.prompts.examples[i // group_size]["id"]),
+            "row": i,
+            "source": int(part.rollout.source[i]),
+            "completion": part.completions[i],
+            **{name: float(values[i]) for name, values in part.scores.items()},
+        }
+        for i in np.flatnonzero(part.rollout.source > 0).tolist()
     ]
 
 

@@ -105,8 +105,11 @@ class Algorithm(NamedTuple):
     prompts: Callable[[Prompts, int], Prompts] | None = None
     # temperature [B] of each row at one decode step, from unscaled logits [B, V]: (logits, carry) -> temperatures
     temperature: Callable[[Any, Any], Any] | None = None
-    # (host) replace rows after scoring: (rollout, scores, prompts, key) -> (rollout, scores)
-    inject: Callable[..., tuple[Rollout, Scores]] | None = None
+    # (host) replace rows after scoring, add score channels: (rollout, scores, prompts, key, memory, score) -> the first
+    # two and the new memory; `score(tokens, mask) -> TokenStats` is the policy that sampled the rows
+    inject: Callable[..., tuple[Rollout, Scores, Any]] | None = None
+    # what inject remembers from batch to batch: a plain JSON value, checkpointed
+    memory: Any = None
     # one reward a row, NaN where there is none: (scores, rollout, step) -> [B]
     rewards: Callable[[Scores, Rollout, Any], Any] = _correct
     # (host) which of the P groups to keep, the others are sampled anew: (rewards, scores) -> [P]
@@ -116,6 +119,8 @@ class Algorithm(NamedTuple):
     # a small pytree that lives in TrainState, and how a rollout batch changes it: (carry, old_stats, rollout) -> carry
     carry: Any = ()
     update_carry: Callable[[Any, Any, Rollout], Any] | None = None
+    # (host) numbers of its own for the log of each step: (rewards, scores, rollout, step) -> name to number
+    diagnostics: Callable[[Any, Scores, Rollout, int], Mapping[str, float]] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,9 +167,21 @@ class Tokenizer(Protocol):
 
     def __len__(self) -> int: ...
 
-    def encode(self, text: str) -> list[int]: ...
+    def encode(self, text: str, *, add_special_tokens: bool = ...) -> list[int]: ...
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = ...) -> str: ...
+
+
+class Perturbed(NamedTuple):
+    """A completion whose answer was exchanged for a wrong one; begin and end count completion tokens.
+
+    Tokens before `begin` are those of the original, tokens in [begin, end) write the new answer, the rest closes the
+    completion, end of sequence included.
+    """
+
+    tokens: Sequence[int]
+    begin: int
+    end: int
 
 
 class Task(NamedTuple):
@@ -179,3 +196,12 @@ class Task(NamedTuple):
     answer: Callable[[str], str | None]  # what a completion answers, for majority votes
     # a completion to imitate in the supervised warm start, given a numpy Generator; None where the task has none
     demonstration: Callable[[Example, Any], str] | None = None
+    # the reference solution as (reasoning, closing with the answer), together a right completion; None without one
+    solution: Callable[[Example], tuple[str, str] | None] | None = None
+    # completions of a stronger model, which may be wrong
+    teacher: Callable[[Example], Sequence[str]] | None = None
+    # a completion's tokens with another, wrong answer: (example, tokens, answers to try first, numpy Generator)
+    perturb: Callable[[Example, Sequence[int], Sequence[str], Any], Perturbed | None] | None = None
+    # the prompt with a hint's tokens as a finished turn of the assistant, where the next turn begins (RTPO's option)
+    closed_hint: Callable[[Example, Sequence[int]], list[int]] | None = None
+    warm_start: Examples | None = None  # problems of the supervised warm start; None: those of train

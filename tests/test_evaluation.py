@@ -263,3 +263,45 @@ def test_samples_that_are_no_power_of_two():
 def test_no_problems_is_an_error():
     with pytest.raises(ValueError, match="no problems to evaluate on"):
         run(is_answer, 0)
+
+
+# ---- critics
+
+
+def test_critic_scores_by_hand():
+    """2 of 3 flawed found, one of them at its place; 1 of 3 others called; one of each without verdict."""
+    label = [1, 0, 2, -1, -1, -1, 1, -1]
+    predicted = [1, 2, -1, -1, -1, 0, -2, NAN]
+    scores = evaluation.critic_scores(predicted, label)
+    precision, recall = 2 / 4, 2 / 4  # called are 2 flawed and 2 others, the one without verdict among them
+    expected = {
+        "accuracy": 4 / 8,
+        "precision": precision,
+        "recall": recall,
+        "f1": 2 * precision * recall / (precision + recall),
+        "location": 3 / 8,
+        "process_f1": 2 * (1 / 4) * (2 / 4) / (1 / 4 + 2 / 4),
+    }
+    assert scores == pytest.approx(expected)
+    assert evaluation.critic_scores([*predicted, 0], [*label, NAN]) == scores, "no label, no score"
+
+
+def test_critic_scores_at_their_ends():
+    label = np.array([-1, 0, 1])
+    assert set(evaluation.critic_scores(label, label).values()) == {1.0}
+    assert set(evaluation.critic_scores([1, -1, -1], label).values()) == {0.0}
+    silent = evaluation.critic_scores([-1, -1, -1], label)
+    assert np.isnan(silent["precision"]) and np.isnan(silent["f1"]) and silent["recall"] == 0, "nothing was called"
+    assert all(np.isnan(value) for value in evaluation.critic_scores([], []).values())
+
+
+def test_a_critics_evaluation_has_its_scores():
+    records = [
+        {"correct": 1.0, "predicted": p, "label": y, "answer": str(p), "length": 1, "truncated": False}
+        for p, y in ((1.0, 1.0), (-1.0, 0.0), (-1.0, -1.0), (0.0, 0.0))
+    ]
+    results = evaluation.summarise(records, 2, ["correct", "label", "predicted"])
+    want = evaluation.critic_scores([1, -1, -1, 0], [1, 0, -1, 0])
+    assert {name: results[f"critic_{name}"] for name in want} == want
+    plain = evaluation.summarise(records, 2, ["correct", "label"])
+    assert not any(name.startswith("critic_") for name in plain)

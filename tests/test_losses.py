@@ -1,4 +1,5 @@
 import functools
+import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from tapojax import losses, weights
+from tapojax import entropy, losses, weights
 
 PRECISIONS = pytest.mark.parametrize(("x64", "rtol", "atol"), [(True, 1e-6, 1e-7), (False, 1e-4, 1e-6)])
 
@@ -215,6 +216,138 @@ def test_verl_clip_fraction_and_kl_metrics(file):
             np.testing.assert_allclose(kl, data[name][1], 1e-6, err_msg=name)
 
 
+# ---- HAPO and the methods it is compared with: signals and losses together, as the algorithms compose them ----
+
+
+def meta(name):
+    return json.loads(str(golden(name)["meta_json"]))
+
+
+def of_cases(name):
+    return pytest.mark.parametrize("case", meta(name)["cases"])
+
+
+def golden_batch(data, name, *keys):
+    return jnp.asarray(data[f"{name}_mask"] > 0), *(jnp.asarray(data[f"{name}_{key}"]) for key in keys)
+
+
+@of_cases("hapo_clip_adv")
+def test_hapo_clip_and_advantages(case):
+    data, knobs = golden("hapo_clip_adv"), meta("hapo_clip_adv")["cases"][case]
+    signal = np.abs(data["h_hat"]) if case == "abs_h_recipe" else data["h_hat"]
+    clip = dict(clip_low=knobs["cliprange_low"], clip_high=knobs["cliprange_high"])
+    low, high = losses.adaptive_clip(signal, **clip, strength=knobs["clip_alpha"])
+    np.testing.assert_allclose(low, data[f"{case}_eps_low"], 1e-5, 1e-6)
+    np.testing.assert_allclose(high, data[f"{case}_eps_high"], 1e-5, 1e-6)
+    clip, strength = dict(clip_low=low, clip_high=high), knobs["adv_beta"]
+    ours = losses.redistribute(data["advantages"], signal, data["ratio"], **clip, strength=strength)
+    np.testing.assert_allclose(ours, data[f"{case}_adv"], 1e-5, 1e-6)
+
+
+@pytest.mark.parametrize("sign", ["signed", "released"])
+@of_cases("hapo_policy_loss")
+def test_hapo_policy_loss(case, sign):
+    data, knobs = golden("hapo_policy_loss"), meta("hapo_policy_loss")["cases"][case]
+    mask, new, old, advantages, entropies = golden_batch(
+        data, "edge" if case == "edge" else "main", "new", "old", "adv", "entropy"
+    )
+    new = old if case == "onpolicy" else new
+    entropies = jnp.full_like(entropies, 0.3) if case == "const_entropy" else entropies
+    signal, _ = entropy.signal(entropies, mask, pivot=knobs["entropy_pivot"], signed=sign == "signed")
+    low, high = losses.adaptive_clip(
+        signal,
+        clip_low=knobs["cliprange_low"],
+        clip_high=knobs["cliprange_high"],
+        strength=knobs["clip_alpha"] * knobs["adaptive_clip"],
+    )
+    clip, strength = dict(clip_low=low, clip_high=high), knobs["adv_beta"] * knobs["adaptive_advantage"]
+
+    def moved(x):
+        return losses.redistribute(advantages, signal, jnp.exp(x - old), **clip, strength=strength)
+
+    def loss(x, dual_clip):
+        return losses.clipped_surrogate(x, old, moved(x), **clip, dual_clip=dual_clip)
+
+    w, c, fraction = weights.token_mean(mask), knobs["clip_ratio_c"], losses.clip_fraction(new, old, moved(new), **clip)
+    for name, ours in (
+        ("loss", jnp.sum(w * loss(new, c))),
+        ("grad", jax.grad(lambda x: jnp.sum(w * loss(x, c)))(new)),
+        ("clipfrac", jnp.sum(w * fraction)),
+        ("clipfrac_count", jnp.sum(mask * fraction)),
+        ("clipfrac_lower", jnp.sum(w * (loss(new, c) < loss(new, None)))),
+        ("ppo_kl", jnp.sum(w * (old - new))),
+    ):
+        expected, atol = data[f"{case}_{sign}_{name}"], 1e-5 if name == "loss" else 1e-6
+        np.testing.assert_allclose(ours, expected, 1e-5, atol, err_msg=name)
+    if f"{case}_{sign}_h_hat" in data:
+        for name, ours, atol in (
+            ("h_hat", signal, 3e-5),
+            ("eps_low", low, 1e-5),
+            ("eps_high", high, 1e-5),
+            ("adv_redist", moved(new), 1e-5),
+        ):
+            expected = jnp.asarray(data[f"{case}_{sign}_{name}"])
+            np.testing.assert_allclose(ours[mask], expected[mask], 1e-5, atol, err_msg=name)
+
+
+@of_cases("hapo_forking_loss")
+def test_forking_loss(case):
+    """N / K on the kept tokens under the mean over all N is the mean over the kept K."""
+    data, knobs = golden("hapo_forking_loss"), meta("hapo_forking_loss")["cases"][case]
+    mask, new, old, advantages, entropies = golden_batch(data, knobs["data"], "new", "old", "adv", "entropy")
+    kept = entropy.top_fraction(entropies, mask, knobs["entropy_top_ratio"])
+    assert (kept.sum(), mask.sum()) == (knobs["selected"], knobs["valid"])
+
+    def surrogate(x, dual_clip=10.0):
+        return clipped(0.2, 0.28, dual_clip)(x, old, advantages)
+
+    def total(x):
+        return jnp.sum(w * kept * (jnp.sum(mask) / jnp.sum(kept)) * surrogate(x))
+
+    w, fraction = weights.token_mean(mask), losses.clip_fraction(new, old, advantages, clip_low=0.2, clip_high=0.28)
+    for name, ours in (
+        ("loss", total(new)),
+        ("grad", jax.grad(total)(new)),
+        ("clipfrac", jnp.sum(w * fraction)),  # over all tokens, kept or not, as in the reference
+        ("clipfrac_lower", jnp.sum(w * (surrogate(new) < surrogate(new, None)))),
+        ("ppo_kl", jnp.sum(w * (old - new))),
+    ):
+        np.testing.assert_allclose(ours, data[f"{case}_{name}"], 1e-5, 1e-5 if name == "loss" else 1e-6, err_msg=name)
+
+
+@of_cases("hapo_archer_loss")
+def test_archer_loss(case):
+    data, knobs = golden("hapo_archer_loss"), meta("hapo_archer_loss")["cases"][case]
+    mask, new, old, advantages, entropies, ref = golden_batch(
+        data, knobs["data"], "new", "old", "adv", "entropy", "ref"
+    )
+    high = entropy.above_quantile(entropies, mask, knobs["quantile"])
+    classes = {"low": mask & ~high, "high": high}
+    bound = jnp.where(high, knobs["high_eps"][0], knobs["low_eps"][0])
+
+    def surrogate(x, dual_clip=10.0):
+        return clipped(bound, bound, dual_clip)(x, old, advantages)
+
+    def loss(x):
+        kl = losses.kl_k3(x, ref)
+        coef = sum(knobs[f"kl_coef_{name}"] * m * (jnp.sum(mask) / jnp.sum(m)) for name, m in classes.items())
+        return surrogate(x) + coef * kl
+
+    w, fraction = weights.token_mean(mask), losses.clip_fraction(new, old, advantages, clip_low=bound, clip_high=bound)
+    for name, ours in (
+        ("pg_loss", jnp.sum(w * surrogate(new))),
+        ("grad_pg", jax.grad(lambda x: jnp.sum(w * surrogate(x)))(new)),
+        ("total_loss", jnp.sum(w * loss(new))),
+        ("grad_total", jax.grad(lambda x: jnp.sum(w * loss(x)))(new)),
+        ("kl_low", jnp.sum(weights.token_mean(classes["low"]) * losses.kl_k3(new, ref))),
+        ("kl_high", jnp.sum(weights.token_mean(classes["high"]) * losses.kl_k3(new, ref))),
+        ("clipfrac", jnp.sum(w * fraction)),
+        ("clipfrac_lower", jnp.sum(w * (surrogate(new) < surrogate(new, None)))),
+        ("ppo_kl", jnp.sum(w * (old - new))),
+    ):
+        np.testing.assert_allclose(ours, data[f"{case}_{name}"], 1e-5, 1e-5 if "loss" in name else 1e-6, err_msg=name)
+
+
 # ---- properties ----
 
 
@@ -232,6 +365,13 @@ def with_mask(loss):
     return lambda new, old, advantages, mask: loss(new, old, advantages)
 
 
+def hapo(new, old, advantages, signal, strength=1.0, dual_clip=10.0):
+    low, high = losses.adaptive_clip(signal, clip_low=0.2, clip_high=0.28, strength=strength)
+    clip = dict(clip_low=low, clip_high=high)
+    moved = losses.redistribute(advantages, signal, jnp.exp(losses.kl_k1(new, old)), **clip, strength=strength)
+    return losses.clipped_surrogate(new, old, moved, **clip, dual_clip=dual_clip)
+
+
 LOSSES = {
     "clipped": with_mask(clipped(0.2, 0.28)),
     "dual": with_mask(clipped(0.2, 0.2, 3)),
@@ -239,6 +379,7 @@ LOSSES = {
     "clip_fraction": with_mask(functools.partial(losses.clip_fraction, clip_low=0.2, clip_high=0.28)),
     "gspo": gspo(0.05, 0.08),
     "product": functools.partial(losses.sequence_product_clipped, clip_low=0.2, clip_high=0.2),
+    "hapo": lambda new, old, advantages, mask: hapo(new, old, advantages, jnp.sin(40 * losses.kl_k1(old, 0 * old))),
     "k1": lambda new, old, advantages, mask: losses.kl_k1(new, old),
     "k2": lambda new, old, advantages, mask: losses.kl_k2(new, old),
     "k3": lambda new, old, advantages, mask: losses.kl_k3(new, old),
@@ -257,6 +398,9 @@ def test_first_inner_step_is_the_policy_gradient(loss):
     name = next(k for k, v in LOSSES.items() if v is loss)
     if name in ("clipped", "dual", "gspo", "product"):
         np.testing.assert_allclose(w * value, -w * advantages, 1e-6)
+    elif name == "hapo":  # sure tokens that rest are damped
+        damped = 1 + jnp.minimum(jnp.sin(40 * old), 0)
+        np.testing.assert_allclose(w * value, -w * advantages * damped, 1e-6, 1e-6)
     elif name != "cispo":
         np.testing.assert_array_equal(value, jnp.zeros_like(old))
     length = jnp.sum(mask, axis=1, keepdims=True)
@@ -452,3 +596,68 @@ def test_dual_clip_must_exceed_one():
     new, old, advantages, _ = rollout()
     with pytest.raises(ValueError, match=r"dual_clip=0\.5"):
         clipped(0.2, 0.2, 0.5)(new, old, advantages)
+
+
+# ---- HAPO ----
+
+
+def signal_like(x, seed=5):
+    return jax.random.uniform(jax.random.key(seed), x.shape, minval=-1, maxval=1)
+
+
+def test_hapo_without_strength_is_the_clipped_surrogate():
+    new, old, advantages, _ = rollout()
+    for loss in (lambda f: f(new), lambda f: jax.grad(lambda x: jnp.sum(f(x)))(new)):
+        ours = loss(lambda x: hapo(x, old, advantages, signal_like(new), strength=0.0, dual_clip=3.0))
+        np.testing.assert_array_equal(ours, loss(lambda x: clipped(0.2, 0.28, 3.0)(x, old, advantages)))
+    low, high = losses.adaptive_clip(jnp.zeros_like(new), clip_low=0.2, clip_high=0.28)
+    np.testing.assert_array_equal(low, jnp.full_like(new, 0.2))
+    np.testing.assert_array_equal(high, jnp.full_like(new, 0.28))
+
+
+def test_the_adaptive_clip_widens_one_side_and_never_inverts():
+    signal = jnp.array([[-1.0, -0.5, 0.0, 0.5, 1.0]])
+    low, high = losses.adaptive_clip(signal, clip_low=0.2, clip_high=0.3)
+    np.testing.assert_allclose(low, [[0.4, 0.3, 0.2, 0.2, 0.2]], 1e-6)
+    np.testing.assert_allclose(high, [[0.3, 0.3, 0.3, 0.45, 0.6]], 1e-6)
+    low, high = losses.adaptive_clip(signal, clip_low=0.2, clip_high=0.3, strength=0.5)
+    np.testing.assert_allclose(low[0, 0], 0.3, 1e-6)
+    np.testing.assert_allclose(high[0, -1], 0.45, 1e-6)
+
+
+def test_redistribution_case_by_case():
+    """Amplified: unsure and on the move. Damped: sure and at rest. The neutral zone is open: its edge is a move."""
+    at_rest, moving, edge = 1.05, 1.3, 1.125
+    ratio = jnp.array([[at_rest, moving, edge] * 2, [0.95, 0.7, 0.875] * 2])
+    signal = jnp.array([[0.5] * 3 + [-0.5] * 3] * 2)
+    factors = np.array([[1, 1.5, 1.5, 0.5, 1, 1]] * 2)
+    for sign in (2.0, -2.0):
+        advantages = jnp.full(ratio.shape, sign)
+        ours = losses.redistribute(advantages, signal, ratio, clip_low=0.25, clip_high=0.25)
+        np.testing.assert_allclose(ours, sign * factors, 1e-6)
+        halved = losses.redistribute(advantages, signal, ratio, clip_low=0.25, clip_high=0.25, strength=0.5)
+        np.testing.assert_allclose(halved, sign * (1 + (factors - 1) / 2), 1e-6)
+    zero = losses.redistribute(jnp.ones((1, 2)), jnp.zeros((1, 2)), ratio[:1, :2], clip_low=0.25, clip_high=0.25)
+    np.testing.assert_array_equal(zero, 1, "a token at the pivot is left alone")
+
+
+def test_redistribution_never_turns_an_advantage_around():
+    new, old, advantages, _ = rollout(spread=1.0)
+    for signal in (signal_like(new), jnp.sign(signal_like(new))):
+        ours = losses.redistribute(advantages, signal, jnp.exp(new - old), clip_low=0.2, clip_high=0.28)
+        assert np.all(ours * advantages >= 0) and np.all(np.abs(ours) <= 2 * np.abs(advantages))
+
+
+def test_hapo_signals_bounds_and_advantages_are_constants():
+    new, old, advantages, _ = rollout()
+    clip = dict(clip_low=0.2, clip_high=0.28)
+    for argument in range(3):
+        arguments = [advantages, signal_like(new), jnp.exp(new - old)]
+
+        def moved(x, argument=argument, arguments=arguments):
+            return jnp.sum(losses.redistribute(*arguments[:argument], x, *arguments[argument + 1 :], **clip))
+
+        np.testing.assert_array_equal(jax.grad(moved)(arguments[argument]), 0)
+    for side in range(2):
+        grads = jax.grad(lambda x, side=side: jnp.sum(losses.adaptive_clip(x, **clip)[side]))(signal_like(new))
+        np.testing.assert_array_equal(grads, 0)

@@ -14,6 +14,7 @@ from tapojax.rollout.collect import Collected
 from tapojax.types import Batch, Prompts, Rollout
 
 NAN = float("nan")
+GOLDEN = Path(__file__).parent / "golden"
 
 
 def strict_lines(path: Path):
@@ -136,6 +137,7 @@ def test_rollout_metrics_by_hand():
         "length_mean": 4.5,
         "length_max": 8,
         "truncated": 1 / 8,
+        "prompt_tokens": 1.0,
         "injected": 1 / 4,
         "score_errors": 3,
         "sampled_rows": 24,
@@ -150,17 +152,65 @@ def test_a_batch_without_scores_has_no_accuracy():
     assert metrics.rollout_metrics(part, 2)["collapsed_groups"] == 0
 
 
+def batch_of(mask, advantages):
+    return Batch(mask.astype(np.int32), mask, advantages, advantages, None, None, None, {})
+
+
+@pytest.mark.filterwarnings("error")
 def test_batch_metrics_by_hand():
-    mask = np.array([[0, 1, 1], [0, 1, 0], [0, 0, 0], [0, 1, 1]], bool)
-    advantages = np.array([[0, 1, -3], [0, 0, 0], [0, 0, 0], [0, 0, 2]], np.float32)
-    batch = Batch(mask.astype(np.int32), mask, advantages, advantages, None, None, None, {})
-    assert metrics.batch_metrics(batch) == {
-        "silent_rows": pytest.approx(1 / 3),  # of the three that are not masked
-        "masked_rows": 0.25,
+    mask = np.array([[0, 1, 1], [0, 1, 0], [0, 0, 0], [0, 1, 1], [0, 1, 1]], bool)
+    advantages = np.array([[0, 1, -3], [0, 1e-7, 0], [0, 0, 0], [0, 0, 2], [0, 0.5, -0.5]], np.float32)
+    got = metrics.batch_metrics(batch_of(mask, advantages), np.array([0, 1, 1, 1, NAN]))
+    assert got == {
+        "silent_rows": 0.25,  # of the four that are not masked; the last has a signal, its mean has not
+        "masked_rows": 0.2,
         "advantage_max": 3.0,
+        "advantage_positive": 0.25,
+        "advantage_negative": 0.25,
+        "advantage_right_mean": pytest.approx(0.5),
+        "advantage_right_std": pytest.approx(0.5**0.5),
+        "advantage_right_min": pytest.approx(0, abs=1e-6),
+        "advantage_right_max": 1.0,
+        "advantage_wrong_mean": -1.0,
+        "advantage_wrong_std": pytest.approx(NAN, nan_ok=True),  # of a single row
+        "advantage_wrong_min": -1.0,
+        "advantage_wrong_max": -1.0,
     }
-    empty = batch._replace(mask=np.zeros_like(mask), advantages=np.zeros_like(advantages))
-    assert metrics.batch_metrics(empty) == {"silent_rows": 1.0, "masked_rows": 1.0, "advantage_max": 0.0}
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_batch_without_rows_is_silent():
+    mask = np.zeros((2, 3), bool)
+    assert metrics.batch_metrics(batch_of(mask, np.zeros((2, 3), np.float32)), np.array([1, NAN])) == {
+        "silent_rows": 1.0,
+        "masked_rows": 1.0,
+        "advantage_max": 0.0,
+        "advantage_positive": 0.0,
+        "advantage_negative": 0.0,
+    }
+
+
+THEIR_NAMES = {
+    "silent_rows": "zero_ratio",
+    "advantage_positive": "positive_ratio",
+    "advantage_negative": "negative_ratio",
+    **{f"advantage_right_{number}": f"correct_{number}" for number in ("mean", "std", "min", "max")},
+    **{f"advantage_wrong_{number}": f"wrong_{number}" for number in ("mean", "std", "min", "max")},
+}
+
+
+@pytest.mark.parametrize("variant", ["dual_l1", "orm_only_grpo", "fullnorm_l1", "mult", "prm_only"])
+def test_the_advantage_distribution_is_papos(variant):
+    """metric_utils.compute_data_metrics: rows without tokens are left out, a score of 0.5 is right, ddof 1."""
+    data, made = (
+        np.load(GOLDEN / f"papo_{name}.npz", allow_pickle=False) for name in ("diagnostics", "advantage_verl")
+    )
+    got = metrics.batch_metrics(batch_of(data["response_mask"] > 0, made[f"adv__{variant}"]), data["orm"])
+    names = [name.removeprefix("adv_distribution/") for name in data[f"names__{variant}"]]
+    want = dict(zip(names, data[f"values__{variant}"], strict=True))
+    for ours, theirs in THEIR_NAMES.items():
+        assert got[ours] == pytest.approx(want[theirs], abs=1e-6), ours
+    assert got["masked_rows"] == 1 - (want["correct_count"] + want["wrong_count"]) / len(data["orm"])
 
 
 def test_sample_records_are_the_first_rows_of_the_first_groups():
@@ -177,6 +227,16 @@ def test_sample_records_are_the_first_rows_of_the_first_groups():
         "process": 0.5,
     }
     assert len(metrics.sample_records(part, 0, 99, 2)) == 3 and metrics.sample_records(part, 0, 0, 2) == []
+
+
+def test_injection_records_are_the_rows_that_were_not_sampled():
+    part = collected([1, 0, 0, 1], source=[0, 2, 0, 3])
+    records = metrics.injection_records(part, 7, 2)
+    assert [(r["id"], r["row"], r["source"], r["completion"]) for r in records] == [
+        ("p0", 1, 2, "text 1"),
+        ("p1", 3, 3, "text 3"),
+    ]
+    assert records[1]["step"] == 7 and records[1]["correct"] == 1.0 and records[1]["process"] == 0.5
 
 
 def test_progress_line():

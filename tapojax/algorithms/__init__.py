@@ -1,6 +1,24 @@
 """The algorithm table: name in a config -> constructor. To add one, write a file and a line here."""
 
-from tapojax.algorithms import cispo, dapo, dr_grpo, grpo, gspo, rloo
+from tapojax.algorithms import (
+    archer,
+    cispo,
+    dapo,
+    dr_grpo,
+    edge_grpo,
+    fapo,
+    forking,
+    genrm,
+    grpo,
+    gspo,
+    hapo,
+    papo,
+    pkpo,
+    rloo,
+    rtpo,
+    sapo,
+    tapo,
+)
 
 ALGORITHMS = {
     "grpo": grpo.grpo,
@@ -9,4 +27,15 @@ ALGORITHMS = {
     "gspo": gspo.gspo,
     "cispo": cispo.cispo,
     "rloo": rloo.rloo,
+    "sapo": sapo.sapo,
+    "pkpo": pkpo.pkpo,
+    "tapo": tapo.tapo,
+    "papo": papo.papo,
+    "fapo": fapo.fapo,
+    "genrm": genrm.genrm,
+    "rtpo": rtpo.rtpo,
+    "hapo": hapo.hapo,
+    "forking": forking.forking,
+    "archer": archer.archer,
+    "edge_grpo": edge_grpo.edge_grpo,
 }

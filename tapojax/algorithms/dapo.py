@@ -7,7 +7,7 @@ import numpy as np
 
 from tapojax import shaping, weights
 from tapojax.algorithms.grpo import grpo
-from tapojax.types import Algorithm
+from tapojax.types import Algorithm, Rollout
 
 
 def dapo(
@@ -22,15 +22,16 @@ def dapo(
     overlong_buffer: int = 0,
     overlong_factor: float = 1.0,
 ) -> Algorithm:
-    """Neutral: clip_high = clip_low, dynamic_sampling = token_mean = False, overlong_buffer = 0 (tokens)."""
+    """Neutral: clip_high = clip_low, dynamic_sampling = token_mean = False, overlong_buffer = 0 (tokens).
+
+    With an overlong buffer R = 2·correct - 1 + penalty, as in the paper and in verl: beside a range of 2 the penalty
+    weighs half of what it would beside correct. Without one R = correct, which gives the same advantages as ±1.
+    """
 
     def rewards(scores, rollout, step):
         if overlong_buffer == 0:
             return scores["correct"]
-        lengths = rollout.mask.sum(axis=1)
-        return scores["correct"] + shaping.overlong_penalty(
-            lengths, max_length=max_tokens, buffer=overlong_buffer, factor=overlong_factor
-        )
+        return 2 * scores["correct"] - 1 + overlong(rollout, max_tokens, overlong_buffer, overlong_factor)
 
     def keep(rewards, scores):
         """Groups that hold both right and wrong rows; judged on correctness, not on the shaped reward (eq. 11)."""
@@ -43,3 +44,9 @@ def dapo(
         keep=keep if dynamic_sampling else None,
         weights=weights.token_mean if token_mean else parent.weights,
     )
+
+
+def overlong(rollout: Rollout, max_tokens: int, buffer: int, factor: float):
+    """What each row's length costs, [B]; nothing with buffer = 0."""
+    lengths = rollout.mask.sum(axis=1)
+    return shaping.overlong_penalty(lengths, max_length=max_tokens, buffer=buffer, factor=factor) if buffer else 0.0

@@ -29,7 +29,7 @@ def find(text: str) -> Span | None:
     start = text.rfind("</think>") + len("</think>") if "</think>" in text else 0
     if text.find("<think>", start) >= 0:
         return None
-    for finder in (_boxed, _tagged, _hashes, _phrase, _json, _bare):
+    for finder in (boxed, _tagged, _hashes, _phrase, _json, _bare):
         if found := finder(text, start):
             return _trim(text, *found)
     return None
@@ -41,7 +41,8 @@ def _trim(text: str, begin: int, end: int) -> Span:
     return begin, max(begin, end - (len(content) - len(content.rstrip())))
 
 
-def _boxed(text: str, start: int) -> Span | None:
+def boxed(text: str, start: int) -> Span | None:
+    r"""Content of the last balanced `\boxed{}` or `\fbox{}` (or `\boxed 5`) from `start`; of nested boxes the inner."""
     open_braces: list[int | None] = []  # for each: where the content of a box begins, None if it is another brace
     best = None
     for token in BOX_TOKEN.finditer(text, start):

@@ -1,13 +1,13 @@
 """One rollout batch: prompts in, scored rows out, groups without a signal replaced where the algorithm asks for it."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from tapojax.types import Algorithm, Engine, Example, Prompts, Rollout, Sampling, Scores, Task
+from tapojax.types import Algorithm, Engine, Example, Prompts, Rollout, Sampling, Scores, Task, TokenStats
 
 
 class Collected(NamedTuple):
@@ -21,6 +21,7 @@ class Collected(NamedTuple):
     sampled_rows: int  # rows generated to fill the batch
     sampled_tokens: int
     seconds: Mapping[str, float]  # spent sampling and scoring
+    memory: Any = None  # the algorithm's, as it is after this batch
 
 
 def collect(
@@ -34,10 +35,14 @@ def collect(
     step: int,
     key: jax.Array,
     carry: Any = (),
+    memory: Any = None,
+    score: Callable[..., TokenStats] | None = None,
     max_rounds: int = 10,
     max_error_share: float = 0.2,
 ) -> Collected:
     """Samples and scores G completions of each of the next P prompts; refills until P groups are kept.
+
+    `memory` and `score(tokens, mask)`, the policy behind `weights`, are for an algorithm that injects rows.
 
     Raises:
       ValueError: a channel the algorithm needs is missing; more than max_error_share of a round's rows could not be
@@ -57,9 +62,19 @@ def collect(
         examples = next(batches)
         num_prompts = len(examples)
         part = _one_round(
-            engine, weights, examples, task, algorithm, sampling, step, jax.random.fold_in(key, rounds), carry
+            engine,
+            weights,
+            examples,
+            task,
+            algorithm,
+            sampling,
+            step,
+            jax.random.fold_in(key, rounds),
+            carry,
+            memory,
+            score,
         )
-        rounds += 1
+        rounds, memory = rounds + 1, part.memory
         _check_errors(part, algorithm.needs, max_error_share)
         keep = np.ones(num_prompts, bool)
         if algorithm.keep is not None:
@@ -69,7 +84,7 @@ def collect(
     return select(concatenate(kept), range(num_prompts), algorithm.group_size)
 
 
-def _one_round(engine, weights, examples, task, algorithm, sampling, step, key, carry) -> Collected:
+def _one_round(engine, weights, examples, task, algorithm, sampling, step, key, carry, memory, score) -> Collected:
     prompts = Prompts(examples, [task.prompt(example) for example in examples])
     if algorithm.prompts is not None:
         prompts = algorithm.prompts(prompts, step)
@@ -94,7 +109,7 @@ def _one_round(engine, weights, examples, task, algorithm, sampling, step, key, 
             "choose a task or reward that provides them"
         )
     if algorithm.inject is not None:
-        rollout, scores = algorithm.inject(rollout, scores, prompts, key)
+        rollout, scores, memory = algorithm.inject(rollout, scores, prompts, key, memory, score)
         completions = decode(task.tokenizer, rollout)
     return Collected(
         rollout=rollout,
@@ -105,6 +120,7 @@ def _one_round(engine, weights, examples, task, algorithm, sampling, step, key, 
         sampled_rows=len(rows),
         sampled_tokens=sampled_tokens,
         seconds={"sample": sampled - started, "reward": time.perf_counter() - sampled},
+        memory=memory,
     )
 
 
@@ -152,4 +168,5 @@ def concatenate(parts: Sequence[Collected]) -> Collected:
         sampled_rows=sum(part.sampled_rows for part in parts),
         sampled_tokens=sum(part.sampled_tokens for part in parts),
         seconds={stage: sum(part.seconds[stage] for part in parts) for stage in parts[0].seconds},
+        memory=parts[-1].memory,
     )

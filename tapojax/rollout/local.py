@@ -67,7 +67,7 @@ def pad_prompts(prompts: Prompts, max_prompt_tokens: int, pad_token_id: int) -> 
     for i in np.flatnonzero((lengths == 0) | (lengths > max_prompt_tokens)).tolist():
         raise ValueError(
             f"prompt {prompts.examples[i]['id']!r} has {lengths[i]} tokens, allowed are 1 to {max_prompt_tokens}: "
-            "raise max_prompt_tokens, or drop such rows with task.overlong_prompts='drop'"
+            "raise sampling.max_prompt_tokens (a hint counts too), or drop such rows with task.overlong_prompts='drop'"
         )
     tokens = np.full((len(lengths), max_prompt_tokens), pad_token_id, np.int32)
     for row, ids in zip(tokens, prompts.tokens, strict=True):

@@ -1,5 +1,5 @@
 """The task table: name in a config -> constructor."""
 
-from tapojax.tasks import arithmetic, files
+from tapojax.tasks import arithmetic, critiques, files
 
-TASKS = {"arithmetic": arithmetic.arithmetic, "files": files.files}
+TASKS = {"arithmetic": arithmetic.arithmetic, "critiques": critiques.critiques, "files": files.files}

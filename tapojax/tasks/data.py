@@ -3,6 +3,7 @@
 import gzip
 import json
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +35,33 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"no data file at {path}: check task.train_path and task.evaluation_path")
+        raise ValueError(f"no data file at {path}: check task.train_path, evaluation_path, teacher_path")
     if path.suffix == ".parquet":
         return _read_parquet(path)
     if path.suffixes[-1:] == [".jsonl"] or path.suffixes[-2:] == [".jsonl", ".gz"]:
         return _read_jsonl(path)
     raise ValueError(f"{path}: expected a .jsonl, .jsonl.gz or .parquet file")
+
+
+def read_completions(path: str | Path, examples: Sequence[Example]) -> dict[str, list[str]]:
+    """Completions by the id of their problem, from rows {"id", "completion"}; a problem may have several.
+
+    Raises:
+      ValueError: a row without one of the two; not a single problem is among the examples.
+    """
+    found: dict[str, list[str]] = {}
+    for number, row in enumerate(read_rows(path), 1):
+        if not isinstance(row.get("completion"), str) or "id" not in row:
+            raise ValueError(f"{path}, row {number}: expected an id and a completion, it has {sorted(row)}")
+        found.setdefault(str(row["id"]), []).append(row["completion"])
+    ids = [example["id"] for example in examples]
+    if not found.keys() & set(ids):
+        first, theirs = next(iter(found), None), ids[0] if ids else None
+        raise ValueError(
+            f"{path} is for other problems: it has {len(found)}, the first {first!r}, and none of them is among the "
+            f"{len(ids)} of task.train_path, the first {theirs!r}"
+        )
+    return found
 
 
 def _read_jsonl(path: Path) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tapojax.rewards import answers
+from tapojax.rewards import answers, solutions, spans, surgery
 from tapojax.tasks import data
 from tapojax.types import Example, Task
 
@@ -22,6 +22,7 @@ def files(
     problem_key: str = "problem",
     answer_key: str = "answer",
     solution_key: str = "solution",
+    teacher_path: str = "",
     template: str = INSTRUCTION,
     chat: bool = True,
     overlong_prompts: str = "error",
@@ -30,6 +31,7 @@ def files(
     """Rows with a problem and its final answer, in each file's own column names.
 
     Args:
+      teacher_path: file with completions of a stronger model, rows {"id", "completion"}; `launch.teach` writes one.
       template: the user message, `{problem}` filled in.
       chat: wrap the message in the tokenizer's chat template and open the assistant's turn.
       overlong_prompts: "error" stops at a prompt past max_prompt_tokens, "drop" leaves such rows out.
@@ -44,10 +46,12 @@ def files(
     tokenizer = load_tokenizer(tokenizer_path)
 
     def prompt(example: Example) -> list[int]:
-        text = template.format(problem=example["problem"])
-        if not chat:
-            return tokenizer.encode(text)
-        messages = [{"role": "user", "content": text}]
+        return open_turn(example) if chat else tokenizer.encode(template.format(problem=example["problem"]))
+
+    def open_turn(example: Example, *said: str) -> list[int]:
+        """The conversation up to where the assistant's next turn begins; it said `said` before."""
+        messages = [{"role": "user", "content": template.format(problem=example["problem"])}]
+        messages += [{"role": "assistant", "content": text} for text in said]
         return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
 
     def read(path: str) -> list[Example]:
@@ -60,23 +64,36 @@ def files(
         correct = [np.nan if grade.correct is None else float(grade.correct) for grade in grades]
         return {"correct": np.array(correct, np.float32)}, [grade.error for grade in grades]
 
+    train = read(train_path) if train_path else []
+    taught = data.read_completions(teacher_path, train) if teacher_path else {}
     return Task(
         tokenizer=tokenizer,
-        train=read(train_path) if train_path else [],
+        train=train,
         evaluation=read(evaluation_path) if evaluation_path else [],
         prompt=prompt,
         score=score,
         answer=answers.extract,
-        demonstration=lambda example, rng: _solution(example),
+        demonstration=lambda example, rng: _demonstration(example),
+        solution=_solution,
+        teacher=(lambda example: taught.get(example["id"], [])) if teacher_path else None,
+        perturb=surgery.make_perturb(tokenizer, spans.find, score),
+        closed_hint=(lambda example, tokens: open_turn(example, tokenizer.decode(tokens))) if chat else None,
     )
 
 
-def _solution(example: Example) -> str:
-    if not example["solution"]:
+def _solution(example: Example) -> tuple[str, str] | None:
+    text = example["solution"]
+    if not isinstance(text, str):
+        raise ValueError(f"the solution of {example['id']!r} is no text but a {type(text).__name__}: {text!r:.80}")
+    return solutions.split(text, example["answer"]) if text else None
+
+
+def _demonstration(example: Example) -> str:
+    if (solution := _solution(example)) is None:
         raise ValueError(
-            f"example {example['id']!r} has no solution to imitate: set task.solution_key, or sft.steps = 0"
+            f"example {example['id']!r} has no solution to imitate: set task.solution_key, or sft.updates = 0"
         )
-    return f"{example['solution']}\n\\boxed{{{example['answer']}}}"
+    return "".join(solution)
 
 
 def load_tokenizer(path: str):

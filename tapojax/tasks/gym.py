@@ -89,19 +89,43 @@ def source(levels: Sequence[int], size: int, seed: int, *, split: str = "train")
 
 
 def demonstration(
-    example: Mapping[str, Any], rng: np.random.Generator, *, scratchpad: float, sloppiness: float, flaws: float = 0.0
+    example: Mapping[str, Any],
+    rng: np.random.Generator,
+    *,
+    scratchpad: float,
+    sloppiness: float,
+    flaws: float = 0.0,
+    slips: float = 0.0,
 ) -> str:
     """A demonstrator's completion for supervised fine-tuning.
 
     With probability `scratchpad` the worked solution, of which a share `flaws` has one wrong digit in a step and still
     the right answer; else an immediate answer "#143", of which a share `sloppiness` has one wrong digit. The quick
     start uses scratchpad=0.4, sloppiness=0.8: reinforcement learning then finds out that the scratchpad pays.
+    With `slips` each column of the worked solution comes out one digit wrong with that probability, and so does the
+    answer: a policy that imitates this rarely gets through a long sum.
     """
     if rng.random() < scratchpad:
-        steps, _, answer = example["solution"].rpartition("#")
-        return (_wrong_digit(steps, rng) if rng.random() < flaws else steps) + "#" + answer
+        solution = _slipped(example, rng, slips) if slips else example["solution"]
+        steps, _, answer = solution.rpartition("#")
+        return (wrong_digit(steps, rng) if rng.random() < flaws else steps) + "#" + answer
     answer = example["answer"]
-    return "#" + (_wrong_digit(answer, rng) if rng.random() < sloppiness else answer)
+    return "#" + (wrong_digit(answer, rng) if rng.random() < sloppiness else answer)
+
+
+def _slipped(example: Mapping[str, Any], rng: np.random.Generator, slips: float) -> str:
+    """Raises ValueError where the answer is not read off the columns."""
+    steps = example["solution"].rpartition("#")[0].split(",")
+    if _read_off(steps) != example["answer"]:
+        raise ValueError(f"slips={slips}: {example['problem']!r} is not worked in columns; choose levels 1 to 12")
+    steps = [step[:-1] + wrong_digit(step[-1], rng) if rng.random() < slips else step for step in steps]
+    return ",".join(steps) + "#" + _read_off(steps)
+
+
+def _read_off(steps: Sequence[str]) -> str:
+    """The answer that columns spell: the whole last result, then the last digits of those before, backwards."""
+    last = steps[-1].rpartition("=")[2]
+    return str(int(last + "".join(step[-1] for step in reversed(steps[:-1]))))
 
 
 def _validate(levels: Sequence[int], split: str) -> None:
@@ -110,7 +134,7 @@ def _validate(levels: Sequence[int], split: str) -> None:
         raise ValueError(f"split {split!r}: choose 'train' or 'heldout'")
 
 
-def _wrong_digit(text: str, rng: np.random.Generator) -> str:
+def wrong_digit(text: str, rng: np.random.Generator) -> str:
     """`text` with one digit, chosen uniformly, replaced by another one."""
     position = int(rng.choice([i for i, character in enumerate(text) if character.isdigit()]))
     digit = (int(text[position]) + int(rng.integers(1, 10))) % 10

@@ -27,8 +27,12 @@ class CharTokenizer:
     def __len__(self) -> int:
         return self.vocab_size
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of `text`; adds no special token. Raises ValueError naming a character outside the vocabulary."""
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of `text`; no special token begins or ends a text here, so there is none to add.
+
+        Raises ValueError naming a character outside the vocabulary.
+        """
+        del add_special_tokens
         ids = [self.characters.find(character) for character in text]
         if -1 in ids:
             raise ValueError(f"character {text[ids.index(-1)]!r} is not in the gym's vocabulary {self.characters!r}")

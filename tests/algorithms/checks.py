@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 from launch import build
 from tapojax import policy, sharding, train_step
@@ -59,9 +60,19 @@ def rollout(*, pad: int = PAD, seed: int = 0, extra: int = 0) -> Rollout:
 
 
 def scores(values=None, seed: int = 0) -> dict:
-    rng = np.random.default_rng(seed)
-    correct = rng.integers(0, 2, PROMPTS * GROUP_SIZE) if values is None else values
-    return {"correct": np.asarray(correct, np.float32)}
+    """All channels that algorithms read; with `values` of correct given, rows are equal in the others."""
+    rng, rows = np.random.default_rng(seed), PROMPTS * GROUP_SIZE
+    channels = {
+        "correct": rng.integers(0, 2, rows),
+        "process": rng.choice([0, 0.25, 0.5, 1], rows),
+        "flawed": rng.integers(0, 2, rows),
+        "predicted": rng.integers(-2, 4, rows),  # the outermost are no legal verdicts
+        "label": np.repeat(rng.integers(-1, 3, PROMPTS), GROUP_SIZE),
+        "num_steps": np.full(rows, 3),
+    }
+    if values is not None:
+        channels = {name: np.full(rows, channel[0]) for name, channel in channels.items()} | {"correct": values}
+    return {name: np.asarray(channel, np.float32) for name, channel in channels.items()}
 
 
 def widen(x, columns: int, value=0):
@@ -69,15 +80,19 @@ def widen(x, columns: int, value=0):
 
 
 def batch_of(algorithm: Algorithm, rows: Rollout, row_scores: dict, *, off_policy: bool = True, actor: Policy = BIGRAM):
-    """The batch as the training loop makes it; off_policy: old log-probs of a policy a few updates back."""
+    """The batch as the training loop makes it; off_policy: old log-probs of a policy a few updates back.
+
+    On-policy there is no old pass, unless the algorithm's signals are made of it.
+    """
     old = actor.score(actor.params, jnp.asarray(rows.tokens), jnp.asarray(rows.mask))
     if off_policy:
         drift = np.random.default_rng(7).normal(0, 0.3, (PROMPTS * GROUP_SIZE, 6 + MAX_TOKENS)).astype(np.float32)
         drift = np.where(rows.mask, widen(drift, rows.mask.shape[1] - drift.shape[1]), 0)
         old = old._replace(logprobs=old.logprobs + drift)
     reference = old.logprobs - jnp.where(rows.mask, 0.2, 0.0) if algorithm.needs_reference else None
+    old = old if off_policy or algorithm.signals is not None else None
     return jax.jit(functools.partial(train_step.make_batch, algorithm))(
-        jax.tree.map(jnp.asarray, rows), row_scores, 0, old_stats=old if off_policy else None, ref_logprobs=reference
+        jax.tree.map(jnp.asarray, rows), row_scores, 0, old_stats=old, ref_logprobs=reference
     )
 
 
@@ -179,7 +194,8 @@ def behaviour_is_not_old(algorithm: Algorithm):
 def unscored_row(algorithm: Algorithm):
     """A row whose reward is NaN is as if its group had been one smaller, and its tokens do not matter."""
     rows, row_scores = rollout(), scores()
-    row_scores["correct"][5] = np.nan
+    for channel in row_scores.values():
+        channel[5] = np.nan
     other = rows._replace(tokens=rows.tokens.copy())
     other.tokens[5][rows.mask[5]] = 9
     got = gradient(algorithm, batch_of(algorithm, other, row_scores))
@@ -189,6 +205,8 @@ def unscored_row(algorithm: Algorithm):
 
 def single_update_needs_no_old_pass(algorithm: Algorithm):
     """old_logprobs=None and the same log-probs given from outside are one and the same step."""
+    if algorithm.signals is not None:
+        pytest.skip("its signals are made of old entropies: the old pass is always made")
     rows = rollout()
     old = BIGRAM.score(BIGRAM.params, jnp.asarray(rows.tokens), jnp.asarray(rows.mask)).logprobs
     batch = batch_of(algorithm, rows, scores(), off_policy=False)

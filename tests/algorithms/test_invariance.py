@@ -7,27 +7,36 @@ import numpy as np
 import pytest
 
 from launch import sections
-from tapojax import advantages, losses, shaping, weights
-from tapojax.algorithms import ALGORITHMS
+from tapojax import advantages, entropy, losses, shaping, weights
+from tapojax.algorithms import ALGORITHMS, papo
+from tapojax.tasks.arithmetic import arithmetic
 from tests.algorithms import checks
 
-KNOBS = {"grpo": [{}, {"kl_coef": 0.1, "dual_clip": 3.0}], "dapo": [{}, {"overlong_buffer": 4}]}
+TASK = arithmetic(seed=0, max_prompt_tokens=8)
+KNOBS = {
+    "grpo": [{}, {"kl_coef": 0.1, "dual_clip": 3.0}],
+    "dapo": [{}, {"overlong_buffer": 4}],
+    "papo": [{}, {"overlong_buffer": 4}, *({"signal": name} for name in papo.SIGNALS if name != "decoupled")],
+    "fapo": [{}, {"flaw_penalty": 0.5}],
+    "hapo": [{}, {"signed": False}],
+    "archer": [{}, {"low_entropy_kl": 0.0}],
+}
 CASES = [(name, knobs) for name in ALGORITHMS for knobs in KNOBS.get(name, [{}])]
 
 
 @functools.cache
 def build(name, **knobs):
-    return sections.build(
-        ALGORITHMS, {"name": name, **knobs}, "algorithm", group_size=checks.GROUP_SIZE, max_tokens=checks.MAX_TOKENS
-    )
+    given = dict(group_size=checks.GROUP_SIZE, max_tokens=checks.MAX_TOKENS, temperature=1.0, steps=100, task=TASK)
+    return sections.build(ALGORITHMS, {"name": name, **knobs}, "algorithm", **given)
 
 
 @pytest.mark.parametrize("check", checks.ALL, ids=lambda f: f.__name__)
 @pytest.mark.parametrize(("name", "knobs"), CASES, ids=lambda x: x if isinstance(x, str) else "+".join(x) or "default")
 def test_promise(check, name, knobs):
-    if check is checks.equal_rewards and knobs:
+    algorithm = build(name, **knobs)
+    if check is checks.equal_rewards and (algorithm.needs_reference or "overlong_buffer" in knobs):
         pytest.skip("a KL term or a length penalty is a gradient of its own")
-    check(build(name, **knobs))
+    check(algorithm)
 
 
 def test_the_decoder_keeps_the_promises_too():
@@ -83,9 +92,9 @@ def test_mutant_measures_length_in_characters():
     got = algorithm.rewards(checks.scores([0.0] * 16), checks.rollout(), 0)
     in_tokens = shaping.overlong_penalty(jnp.asarray(lengths), max_length=checks.MAX_TOKENS, buffer=4)
     in_characters = shaping.overlong_penalty(jnp.asarray(lengths * 3), max_length=checks.MAX_TOKENS, buffer=4)
-    np.testing.assert_array_equal(got, in_tokens)
+    np.testing.assert_array_equal(got, in_tokens - 1)
     with pytest.raises(AssertionError):
-        np.testing.assert_array_equal(got, in_characters)
+        np.testing.assert_array_equal(got, in_characters - 1)
 
 
 def test_mutant_divides_by_the_population_std():
@@ -108,3 +117,41 @@ def test_mutant_takes_the_ratio_against_the_behaviour_policy():
 
     with pytest.raises(AssertionError, match="sampler"):
         checks.behaviour_is_not_old(parent._replace(loss=loss))
+
+
+def test_mutant_takes_entropy_statistics_per_microbatch():
+    """The released HAPO code: quantile and scale of the current policy's entropies in this micro-batch."""
+    parent = build("hapo")
+
+    def loss(stats, batch):
+        signal, _ = entropy.signal(stats.entropies, batch.mask)
+        return parent.loss(stats, batch._replace(signals={"entropy_signal": signal}))
+
+    with pytest.raises(AssertionError, match="micro-batches"):
+        checks.microbatches(parent._replace(loss=loss))
+
+
+def test_mutant_takes_entropy_statistics_over_the_padding_too():
+    """Entropies in another row order than their masks: zeros of the padding count as very sure tokens."""
+    parent = build("hapo")
+
+    def signals(old_stats, rollout):
+        signal, _ = entropy.signal(old_stats.entropies, jnp.ones_like(rollout.mask))
+        return {"entropy_signal": signal}
+
+    with pytest.raises(AssertionError, match="padding"):
+        checks.padding(parent._replace(signals=signals))
+
+
+def test_mutant_averages_over_the_forking_tokens_of_the_microbatch():
+    """The released code of Wang et al.: the fifth of this micro-batch's tokens, divided by their number here."""
+    parent = build("dapo")
+
+    def loss(stats, batch):
+        kept = entropy.top_fraction(stats.entropies, batch.mask, 0.2)
+        per_token, diagnostics = parent.loss(stats, batch)
+        return per_token * weights.token_mean(kept), diagnostics
+
+    mutant = parent._replace(loss=loss, weights=lambda mask: jnp.ones(mask.shape))
+    with pytest.raises(AssertionError, match="micro-batches"):
+        checks.microbatches(mutant)

@@ -10,7 +10,8 @@ from launch import sections
 from tapojax.algorithms import ALGORITHMS
 from tapojax.tasks import TASKS
 
-GIVEN = {"group_size", "max_tokens", "seed", "max_prompt_tokens"}  # stated elsewhere in the config
+# stated elsewhere in the config
+GIVEN = {"group_size", "max_tokens", "seed", "max_prompt_tokens", "temperature", "steps", "task"}
 
 
 def a_constructor(*, group_size, clip=0.2, names=("a",), flag=False):
@@ -31,8 +32,10 @@ def test_algorithm_defaults_are_the_constructors_own(name):
     assert section.name == name
     assert set(section) - {"name"} == parameters.keys() - GIVEN
     assert all(section[key] == parameters[key].default for key in section if key != "name")
-    algorithm = sections.build(ALGORITHMS, section, "algorithm", group_size=4, max_tokens=8)
-    assert algorithm.group_size == 4
+    given = dict(
+        group_size=4, max_tokens=8, temperature=1.0, steps=10, task=TASKS["arithmetic"](seed=0, max_prompt_tokens=8)
+    )
+    assert sections.build(ALGORITHMS, section, "algorithm", **given).group_size == 4
 
 
 @pytest.mark.parametrize("name", TASKS)

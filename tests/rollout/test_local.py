@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from tapojax import policy, sharding
+from tapojax.algorithms.hapo import hapo
 from tapojax.models import decoder
 from tapojax.models.config import DecoderConfig
 from tapojax.rollout import local
@@ -88,6 +89,43 @@ def test_temperature_slot_overrides_the_temperature_per_row():
     plain = np.arange(12) % 3 != 0
     np.testing.assert_array_equal(rollout.behaviour_logprobs[plain], rollout.base_logprobs[plain])
     assert (rollout.behaviour_logprobs[~plain] != rollout.base_logprobs[~plain]).any()
+
+
+def hapo_with_statistics():
+    """An algorithm with a strong adaptive temperature and the statistics of a batch it could have seen."""
+    algorithm = hapo(group_size=3, max_tokens=9, temperature=1.0, temperature_strength=0.5)
+    rollout = generate(Sampling(9), key=2)
+    stats = policy.make_score(MODEL, max_scored=9)(PARAMS, jnp.asarray(rollout.tokens), jnp.asarray(rollout.mask))
+    return algorithm, algorithm.update_carry(algorithm.carry, stats, rollout)
+
+
+def test_hapo_samples_from_the_adaptive_distribution_and_reports_it():
+    algorithm, carry = hapo_with_statistics()
+    rollout = generate(Sampling(9), temperature=algorithm.temperature, carry=carry)
+    rows, columns = np.nonzero(rollout.mask)
+    z, chosen = teacher_forced_logits(rollout.tokens)[rows, columns - 1], rollout.tokens[rows, columns]
+    p = np.asarray(jax.nn.softmax(z))
+    distance = np.log(-(p * np.log(p)).sum(-1)) - carry.quantile
+    signal = np.clip(distance / carry.scale * np.where(distance > 0, carry.above, carry.below), -1, 1)
+    temperatures = 1 + 0.5 * signal
+    assert temperatures.min() < 0.8 and temperatures.max() > 1.2, "the temperatures vary"
+    expected = jax.nn.log_softmax(z / temperatures[:, None])[np.arange(len(rows)), chosen]
+    np.testing.assert_allclose(rollout.behaviour_logprobs[rows, columns], expected, atol=1e-3)
+    base = policy.make_score(MODEL, max_scored=9)(PARAMS, jnp.asarray(rollout.tokens), jnp.asarray(rollout.mask))
+    np.testing.assert_allclose(rollout.base_logprobs, base.logprobs, atol=1e-4)
+
+
+def test_hapo_without_statistics_is_the_plain_sampler():
+    algorithm, carry = hapo_with_statistics()
+    plain = generate(Sampling(9))
+    first = generate(Sampling(9), temperature=algorithm.temperature, carry=algorithm.carry)
+    np.testing.assert_array_equal(first.tokens, plain.tokens)
+    np.testing.assert_allclose(first.behaviour_logprobs, plain.behaviour_logprobs, atol=1e-6)
+    later = generate(Sampling(9), temperature=algorithm.temperature, carry=carry)
+    assert (later.tokens != plain.tokens).any()
+    before = local.sample._cache_size()
+    generate(Sampling(9), temperature=algorithm.temperature, carry=jax.tree.map(lambda x: x + 1, carry))
+    assert local.sample._cache_size() == before, "statistics of another batch compiled the sampler again"
 
 
 def test_first_token_frequencies_follow_the_model():

@@ -156,3 +156,32 @@ def test_a_missing_file_is_named(tmp_path):
         data.read_rows(tmp_path / "none.jsonl")
     with pytest.raises(ValueError, match="no data file"):
         data.read_rows(tmp_path)
+
+
+# ---- completions of a teacher
+
+
+def taught(tmp_path, *rows):
+    return write(tmp_path / "teacher.jsonl", lines(rows))
+
+
+def test_completions_are_found_by_the_id_of_their_problem(tmp_path):
+    rows = [{"id": id, "completion": text} for id, text in [("1", "a"), (2, "b"), ("elsewhere", "c"), ("1", "d")]]
+    path = taught(tmp_path, *rows)
+    assert data.read_completions(path, [{"id": "1"}, {"id": "3"}]) == {"1": ["a", "d"], "2": ["b"], "elsewhere": ["c"]}
+
+
+def test_completions_of_other_problems_are_refused(tmp_path):
+    path = taught(tmp_path, {"id": "x", "completion": "a"}, {"id": "y", "completion": "b"})
+    message = "it has 2, the first 'x', and none of them is among the 1 of task.train_path, the first 'z'"
+    with pytest.raises(ValueError, match=message):
+        data.read_completions(path, [{"id": "z"}])
+    with pytest.raises(ValueError, match="it has 0, the first None"):
+        data.read_completions(taught(tmp_path), [])
+
+
+@pytest.mark.parametrize("row", [{"id": "1"}, {"completion": "a"}, {"id": "1", "completion": ["a"]}])
+def test_a_row_that_is_no_completion_is_named(tmp_path, row):
+    path = taught(tmp_path, {"id": "1", "completion": "a"}, row)
+    with pytest.raises(ValueError, match=r"teacher.jsonl, row 2: expected an id and a completion, it has \['"):
+        data.read_completions(path, [{"id": "1"}])

@@ -8,8 +8,12 @@ import numpy as np
 import pytest
 import tokenizers
 import transformers
+from ml_collections import ConfigDict
 
+from launch import sft
+from tapojax.algorithms.rtpo import rtpo
 from tapojax.tasks.files import files
+from tapojax.types import Prompts
 
 TEMPLATE = (
     "{%- if messages[0].role != 'system' %}"
@@ -25,8 +29,8 @@ ROWS = [
 KEYS = {"problem_key": "question", "answer_key": "final", "solution_key": "why"}
 
 
-def save_tokenizer(folder, **kwargs):
-    """Bytes as tokens, ChatML's special tokens, and a few merges."""
+def save_tokenizer(folder, template=None, **kwargs):
+    """Bytes as tokens, ChatML's special tokens, and a few merges; `template` says what encoding adds to a text."""
     model = tokenizers.Tokenizer(tokenizers.models.BPE())
     model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     model.decoder = tokenizers.decoders.ByteLevel()
@@ -37,6 +41,9 @@ def save_tokenizer(folder, **kwargs):
         show_progress=False,
     )
     model.train_from_iterator(["Please reason step by step. The answer is \\boxed{42}."] * 20, trainer)
+    if template:
+        special_tokens = [(kwargs["bos_token"], model.token_to_id(kwargs["bos_token"]))]
+        model.post_processor = tokenizers.processors.TemplateProcessing(template, special_tokens=special_tokens)
     special = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "chat_template": TEMPLATE} | kwargs
     given = {name: value for name, value in special.items() if value is not None}
     transformers.PreTrainedTokenizerFast(tokenizer_object=model, **given).save_pretrained(folder)
@@ -195,6 +202,39 @@ def test_demonstrations_end_in_the_boxed_answer(task):
     assert demonstration == "3+4 = 7.\n\\boxed{7}" and task.answer(demonstration) == "7"
     with pytest.raises(ValueError, match="example 'gsm/2' has no solution to imitate"):
         task.demonstration(task.train[2], rng)
+
+
+def test_solutions_come_apart_into_reasoning_and_closing(task):
+    assert task.solution(task.train[0]) == ("3+4 = 7.", "\n\\boxed{7}")
+    assert task.solution(task.train[2]) is None
+    published = {**task.train[0], "solution": "3+4 = <<3+4=7>>7.\n#### 7"}
+    assert task.solution(published) == task.solution(task.train[0])
+    assert task.demonstration(published, None) == task.demonstration(task.train[0], None), "one format for both"
+    with pytest.raises(ValueError, match="the solution of 'gsm/0' is no text but a list"):
+        task.solution({**task.train[0], "solution": ["one", "two"]})
+
+
+def test_a_closed_hint_is_a_finished_turn_of_the_assistant(task, tokenizer_path, rows_path):
+    tokens = task.closed_hint(task.train[0], task.tokenizer.encode("3+4"))
+    said = task.tokenizer.decode(tokens).removeprefix(task.tokenizer.decode(task.prompt(task.train[0])))
+    assert said == "3+4<|im_end|>\n<|im_start|>assistant\n"
+    assert make(tokenizer_path, rows_path, chat=False, **KEYS).closed_hint is None, "without turns there is none"
+
+
+def test_demonstrations_and_hints_have_no_begin_token(tmp_path, rows_path):
+    """Such as Llama's: it opens a prompt, in the middle of a row it would be noise."""
+    bos = "<|endoftext|>"
+    path = save_tokenizer(tmp_path, bos_token=bos, template=f"{bos} $A")
+    task = make(path, rows_path, chat=False, max_prompt_tokens=500, **KEYS)
+    begin = task.tokenizer.bos_token_id
+    prompt = task.prompt(task.train[0])
+    assert prompt[0] == begin and begin not in prompt[1:]
+    budget = ConfigDict({"max_prompt_tokens": 500, "max_tokens": 100})
+    tokens, mask = sft.demonstrations([task.train[0]], task, task.demonstration, None, budget)
+    assert begin not in tokens[mask]
+    algorithm = rtpo(group_size=2, max_tokens=100, steps=10, task=task)
+    (hinted,) = algorithm.prompts(Prompts([task.train[0]], [prompt]), 0).tokens
+    assert task.tokenizer.decode(hinted[len(prompt) :]) == "3+4 = 7." and hinted[: len(prompt)] == prompt
 
 
 def test_real_problems_and_their_solutions(shared, tokenizer_path, tmp_path):

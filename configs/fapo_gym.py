@@ -1,0 +1,29 @@
+"""FAPO on the gym: do the steps become right, not only the answers? Variants after the colon.
+
+    python -m launch.train --config=configs/fapo_gym.py
+    python -m launch.compare --config=configs/fapo_gym.py --variants=fapo,dapo --workdir=runs/fapo_gym
+
+Ding et al., arXiv 2510.22543. Demonstrations work step by step, half of them with a wrong step before a right answer.
+fapo_genrm needs the judge of configs/genrm_gym.py in runs/genrm_gym, or wherever --config.judge.workdir says.
+`:quicktest` runs in seconds and shows nothing.
+"""
+
+from configs import base, quickstart
+
+VARIANTS = {
+    "fapo": "flawed solutions found by the gym's exact step checker",
+    "fapo_genrm": "flawed solutions found by a generative reward model",
+    "dapo": "the parent: right is right",
+}
+
+
+def get_config(mode: str = ""):
+    variant = base.choose("fapo_gym", mode, VARIANTS)
+    c = quickstart.get_config("quicktest" if mode == "quicktest" else "")
+    c.algorithm = base.get_config(algorithm="fapo").algorithm
+    if variant == "dapo":
+        c.algorithm.flaw_penalty = 0.0
+    if variant == "fapo_genrm":
+        c.judge.workdir = "runs/genrm_gym"
+    c.task.scratchpad, c.task.flaws = 1.0, 0.5
+    return c
