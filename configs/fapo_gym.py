@@ -3,9 +3,9 @@
     python -m launch.train --config=configs/fapo_gym.py
     python -m launch.compare --config=configs/fapo_gym.py --variants=fapo,dapo --workdir=runs/fapo_gym
 
-Ding et al., arXiv 2510.22543. Demonstrations work step by step, half of them with a wrong step before a right answer.
-fapo_genrm needs the judge of configs/genrm_gym.py in runs/genrm_gym, or wherever --config.judge.workdir says.
-`:quicktest` runs in seconds and shows nothing.
+Ding et al., arXiv 2510.22543. Demonstrations work step by step, most of them with a wrong step before a right answer.
+fapo_genrm needs the judge that configs/genrm_gym.py trains, in runs/genrm_gym or where --config.judge.workdir says; the
+true share of flawed solutions is then `flawed_exact`. `:quicktest` runs in seconds and shows nothing.
 """
 
 from configs import base, quickstart
@@ -13,7 +13,7 @@ from configs import base, quickstart
 VARIANTS = {
     "fapo": "flawed solutions found by the gym's exact step checker",
     "fapo_genrm": "flawed solutions found by a generative reward model",
-    "dapo": "the parent: right is right",
+    "dapo": "the parent: a right answer is a right answer",
 }
 
 
@@ -22,8 +22,11 @@ def get_config(mode: str = ""):
     c = quickstart.get_config("quicktest" if mode == "quicktest" else "")
     c.algorithm = base.get_config(algorithm="fapo").algorithm
     if variant == "dapo":
-        c.algorithm.flaw_penalty = 0.0
+        c.algorithm.flaw_penalty = 0.0  # FAPO's neutral value
     if variant == "fapo_genrm":
         c.judge.workdir = "runs/genrm_gym"
-    c.task.scratchpad, c.task.flaws = 1.0, 0.5
+    c.task.scratchpad, c.task.flaws = 1.0, 0.7
+    c.optimizer.learning_rate = 5e-4
+    if mode != "quicktest":
+        c.steps, c.evaluation.every = 60, 10
     return c

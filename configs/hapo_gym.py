@@ -3,7 +3,7 @@
     python -m launch.train --config=configs/hapo_gym.py
     python -m launch.compare --config=configs/hapo_gym.py --workdir=runs/hapo_gym
 
-HAPO, arXiv 2509.16591. The quick start's problem and warm start, with four updates a rollout batch, without which no
+HAPO, arXiv 2509.16591. The quick start's problem and warm start, with eight updates a rollout batch, without which no
 ratio leaves 1 and neither clipping nor redistribution acts. `:quicktest` runs in seconds and shows nothing.
 """
 
@@ -38,6 +38,7 @@ def get_config(mode: str = ""):
     algorithm = variant if variant in ("forking", "archer", "edge_grpo") else "hapo"
     c = quickstart.get_config("quicktest" if mode == "quicktest" else "")
     c.algorithm = base.get_config(algorithm=algorithm).algorithm
-    c.train.minibatches = 4
+    c.train.minibatches = 8
+    c.optimizer.learning_rate = 3e-4
     c.algorithm.update(KNOBS.get(variant, {}))
     return c

@@ -33,7 +33,7 @@ def get_config(mode: str = ""):
     c.task.warm_levels = (1, 2)
     c.task.levels, c.task.evaluation_levels = (2, 3, 3), (2, 3)
     c.sampling.max_tokens = 36
-    c.optimizer.learning_rate = 1.5e-3
+    c.optimizer.learning_rate = 2e-4 if variant in ("dapo", "grpo") else 1.5e-3  # each the better of the two
     if mode != "quicktest":
         c.steps = 12 if variant == "dapo" else 120  # dynamic sampling takes many rollouts a step
         c.evaluation.every = 1 if variant == "dapo" else 10

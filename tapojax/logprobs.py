@@ -54,9 +54,11 @@ def _forward(x, table, y, temperature, chunk):
     def one_chunk(x, y):
         z = _logits(x, table, temperature)
         normaliser = jax.nn.logsumexp(z, axis=-1)
-        p = jnp.exp(z - normaliser[:, None])
+        log_p = z - normaliser[:, None]
+        p = jnp.exp(log_p)
         logprobs = jnp.take_along_axis(z, y[:, None], axis=-1)[:, 0] - normaliser
-        return logprobs, normaliser - jnp.sum(p * z, axis=-1), normaliser, p
+        # All terms are of one sign: a nearly sure policy's entropy keeps digits that normaliser - Σ p·z would lose.
+        return logprobs, -jnp.sum(p * log_p, axis=-1), normaliser, p
 
     if chunk == x.shape[0]:  # within the budget: keep p for the backward pass
         logprobs, entropies, normalisers, p = one_chunk(x, y)

@@ -11,8 +11,9 @@ from typing import NamedTuple
 import numpy as np
 from tensorboardX import SummaryWriter
 
+from tapojax import advantages
 from tapojax.rollout.collect import Collected
-from tapojax.types import Batch
+from tapojax.types import Batch, Scores
 
 
 class Log(NamedTuple):
@@ -83,6 +84,7 @@ def rollout_metrics(part: Collected, group_size: int) -> dict:
         "accuracy": mean.pop("correct"),
         **{f"score_{name}": value for name, value in mean.items()},
         "collapsed_groups": float(np.mean(collapsed)),
+        **(process_metrics(part.scores, group_size) if "process" in part.scores else {}),
         "length_mean": float(lengths.mean()),
         "length_max": int(lengths.max()),
         "truncated": float(np.mean(part.rollout.truncated)),
@@ -94,6 +96,21 @@ def rollout_metrics(part: Collected, group_size: int) -> dict:
     }
 
 
+def process_metrics(scores: Scores, group_size: int) -> dict:
+    """How much the reasoning of right rows tells them apart (Tan et al., arXiv 2603.26535).
+
+    process_active_groups: share of groups whose right rows differ in their process score. The standard deviations are
+    over all rows (outcome) and over those with a process advantage; both means are 0 by construction.
+    """
+    process = np.asarray(advantages.correct_only(scores["process"], scores["correct"], group_size))
+    active = process != 0
+    return {
+        "process_active_groups": float(active.reshape(-1, group_size).any(axis=1).mean()),
+        "process_advantage_std": float(process[active].std(ddof=1)) if active.any() else float("nan"),
+        "outcome_advantage_std": float(np.std(advantages.group_normalize(scores["correct"], group_size), ddof=1)),
+    }
+
+
 def batch_metrics(batch: Batch, correct) -> dict:
     """What the algorithm made of it: rows without any signal, rows left out, and advantages of right and wrong rows.
 
@@ -101,13 +118,13 @@ def batch_metrics(batch: Batch, correct) -> dict:
     whose advantage is 0 at every token. A row's advantage is its mean over tokens; within 1e-6 it counts as 0.
     """
     mask, correct = np.asarray(batch.mask), np.asarray(correct)
-    active, advantages = np.any(mask, axis=1), np.where(mask, batch.advantages, 0)
-    row = advantages.sum(axis=1) / np.maximum(mask.sum(axis=1), 1)
+    active, per_token = np.any(mask, axis=1), np.where(mask, batch.advantages, 0)
+    row = per_token.sum(axis=1) / np.maximum(mask.sum(axis=1), 1)
     rows_in_mask = max(active.sum(), 1)
     values = {
-        "silent_rows": float(np.mean(np.abs(advantages[active]).max(axis=1) <= 1e-6)) if active.any() else 1.0,
+        "silent_rows": float(np.mean(np.abs(per_token[active]).max(axis=1) <= 1e-6)) if active.any() else 1.0,
         "masked_rows": float(np.mean(~active)),
-        "advantage_max": float(np.abs(advantages).max()),
+        "advantage_max": float(np.abs(per_token).max()),
         "advantage_positive": float(np.sum(row > 1e-6) / rows_in_mask),
         "advantage_negative": float(np.sum(row < -1e-6) / rows_in_mask),
     }

@@ -134,6 +134,7 @@ def test_rollout_metrics_by_hand():
         "accuracy": pytest.approx(4 / 5),  # of the scored rows
         "score_process": 0.5,
         "collapsed_groups": 0.5,  # the second and the third; of the fourth nothing is known
+        **metrics.process_metrics(part.scores, 2) | {"process_advantage_std": pytest.approx(NAN, nan_ok=True)},
         "length_mean": 4.5,
         "length_max": 8,
         "truncated": 1 / 8,
@@ -263,3 +264,33 @@ def test_timed_adds_up_also_through_an_error():
         time.sleep(0.02)
         raise KeyError
     assert 1.01 < seconds["train"] < 2
+
+
+def test_process_metrics_by_hand():
+    """Of four groups one has right rows of different process; 1 and 0.5 become ± 1/√2."""
+    correct = np.array([1, 1, 0, 0, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0], np.float32)
+    process = np.array([1, 0.5, 1, 0, 1, 1, 1, 1, 0, 1, 1, 1, 1, 0, 1, 0], np.float32)
+    got = metrics.process_metrics({"correct": correct, "process": process}, 4)
+    outcome = np.concatenate([[3**0.5 / 2] * 2, [-(3**0.5) / 2] * 2, [0] * 4, [1.5, -0.5, -0.5, -0.5], [0] * 4])
+    assert got == {
+        "process_active_groups": 0.25,
+        "process_advantage_std": pytest.approx(1, abs=1e-4),
+        "outcome_advantage_std": pytest.approx(outcome.std(ddof=1), abs=1e-4),
+    }
+    idle = metrics.process_metrics({"correct": correct, "process": np.ones(16, np.float32)}, 4)
+    assert idle["process_active_groups"] == 0 and np.isnan(idle["process_advantage_std"])
+
+
+def test_process_metrics_are_the_published_ones():
+    """dual_objective/*: groups of at least two right rows of different process, standard deviations of both parts."""
+    data = np.load(GOLDEN / "papo_advantage_verl.npz", allow_pickle=False)
+    order = np.argsort(data["uid"], kind="stable")
+    scores = {"correct": data["orm"][order], "process": data["prm"][order]}
+    got = metrics.process_metrics(scores, 8)
+    theirs = dict(zip(data["metric_names"].tolist(), data["metrics__dual_l1"].tolist(), strict=True))
+    ours = {"process_active_groups": "process_active_ratio"}
+    ours |= {f"{part}_advantage_std": f"{part}_std" for part in ("process", "outcome")}
+    for name, key in ours.items():
+        assert got[name] == pytest.approx(theirs[f"dual_objective/{key}"], abs=1e-5), name
+    for part in ("process", "outcome"):
+        assert abs(theirs[f"dual_objective/{part}_mean"]) < 1e-12, "a mean that is always 0 need not be logged"

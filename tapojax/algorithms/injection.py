@@ -36,6 +36,19 @@ class Candidate(NamedTuple):
     completion: Perturbed
 
 
+def plan(
+    rows: Rows, task: Task, memory: Mapping, rng, *, use_dti: bool, probability: float, cache_tokens: int
+) -> tuple[list[Candidate], Mapping]:
+    """All candidates of a batch, DTI's before PAI's, and the memory after it. PAI's probability may be 0."""
+    candidates: list[Candidate] = []
+    if use_dti:
+        memory = consult(memory, rows, task)
+        candidates += dynamic_teacher(rows, task, memory, rng)
+        memory = remember(memory, rows, limit=cache_tokens)
+    taken = {candidate.row for candidate in candidates}
+    return candidates + perturbed_answers(rows, task, taken, rng, probability), memory
+
+
 def dynamic_teacher(rows: Rows, task: Task, memory: Mapping, rng) -> list[Candidate]:
     """DTI: right completions for the worst row of each all-wrong group, wrong ones for that of each all-correct group.
 
@@ -150,6 +163,28 @@ def consult(memory: Mapping, rows: Rows, task: Task) -> dict:
             if right and len(tokens) <= rows.max_tokens:
                 add(memory, str(example["id"]), "right", origin, tokens)
     return memory
+
+
+def right_completions(rollout: Rollout, correct, task: Task) -> list[str]:
+    """The completions as text, empty for wrong rows."""
+    return [_text(task, rollout, row) if right else "" for row, right in enumerate(correct)]
+
+
+def shares(rewards, scores, rollout: Rollout, step: int, *, group_size: int) -> dict[str, float]:
+    """For the log: how many groups collapsed and were repaired, the share of rows of each source, and how likely the
+    policy found the injected tokens (mean log-prob)."""
+    groups, source = np.asarray(scores["correct"]).reshape(-1, group_size), np.asarray(rollout.source)
+    wrong, right = np.all(groups == 0, axis=1), np.all(groups == 1, axis=1)
+    repaired = np.any(source.reshape(-1, group_size) > 0, axis=1)[wrong | right]
+    injected = np.asarray(rollout.behaviour_logprobs)[rollout.mask & (source[:, None] > 0)]
+    kinds = {"teacher": TEACHER, "wrong": WRONG, "perturbed": PERTURBED}
+    return {
+        "all_wrong_groups": float(wrong.mean()),
+        "all_right_groups": float(right.mean()),
+        "repaired_groups": float(repaired.mean()) if repaired.size else float("nan"),
+        **{f"injected_{name}": float(np.mean(source == code)) for name, code in kinds.items()},
+        "injected_logprob": float(injected.mean()) if injected.size else float("nan"),
+    }
 
 
 def add(memory: dict, key: str, kind: str, origin: int, tokens: Sequence[int]):

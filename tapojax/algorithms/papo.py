@@ -11,7 +11,6 @@ from operator import itemgetter
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 
 from tapojax import advantages
 from tapojax.algorithms.dapo import dapo
@@ -72,15 +71,4 @@ def papo(
         values = estimator(rewards, scores["process"], scores["correct"], group_size, process_weight=process_weight)
         return advantages.per_token(values, rollout.mask)
 
-    def diagnostics(rewards, scores, rollout, step):
-        """In how many groups right rows differ by their reasoning, and how both advantages spread; means are 0."""
-        process = np.asarray(advantages.correct_only(scores["process"], scores["correct"], group_size))
-        active = process != 0
-        return {
-            "process_active_groups": float(active.reshape(-1, group_size).any(axis=1).mean()),
-            "process_advantage_std": float(process[active].std(ddof=1)) if active.any() else float("nan"),
-            "outcome_advantage_std": float(np.std(advantages.group_normalize(rewards, group_size), ddof=1)),
-        }
-
-    needs = parent.needs | {"process"}
-    return parent._replace(needs=needs, rewards=rewards, advantages=advantage, diagnostics=diagnostics)
+    return parent._replace(needs=parent.needs | {"process"}, rewards=rewards, advantages=advantage)

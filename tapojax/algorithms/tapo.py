@@ -9,6 +9,9 @@ our choice.
 Differs from DAPO: the four parts, in place of dynamic sampling.
 """
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,8 +20,6 @@ from tapojax import advantages, shaping
 from tapojax.algorithms import injection
 from tapojax.algorithms.dapo import dapo
 from tapojax.types import Algorithm, Task
-
-SOURCES = {"teacher": injection.TEACHER, "wrong": injection.WRONG, "perturbed": injection.PERTURBED}
 
 
 def tapo(
@@ -44,7 +45,6 @@ def tapo(
     clip_low: float = 0.2,
     clip_high: float = 0.28,
     dual_clip: float = 3.0,
-    dynamic_sampling: bool = False,
 ) -> Algorithm:
     """Each `use_` flag ablates one part; without any this is DAPO. Without `use_ali` injected rows enter the group's
     statistics with reward 1 (teacher) or 0.
@@ -62,44 +62,30 @@ def tapo(
         clip_low=clip_low,
         clip_high=clip_high,
         dual_clip=dual_clip,
-        dynamic_sampling=dynamic_sampling,
+        dynamic_sampling=False,
     )
     injects = use_dti or use_pai
+    probability = perturb_probability if use_pai else 0.0
+    rules: dict[str, Any] = dict(use_dti=use_dti, probability=probability, cache_tokens=cache_tokens)
+    prices: dict[str, Any] = dict(length_weight=length_weight, redundancy_weight=redundancy_weight)
 
     def inject(rollout, scores, prompts, key, memory, score):
         correct, scores = np.asarray(scores["correct"]), dict(scores)
         if use_infolen:
-            scores["infolen"] = _infolen(rollout, correct)
-        rows = injection.Rows(rollout, correct, scores.get("infolen", correct), prompts, group_size, max_tokens)
-        rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
-        candidates: list[injection.Candidate] = []
-        if use_dti:
-            memory = injection.consult(memory, rows, task)
-            candidates += injection.dynamic_teacher(rows, task, memory, rng)
-            memory = injection.remember(memory, rows, limit=cache_tokens)
-        if use_pai:
-            taken = {candidate.row for candidate in candidates}
-            candidates += injection.perturbed_answers(rows, task, taken, rng, perturb_probability)
+            texts = injection.right_completions(rollout, correct, task)
+            lexical = shaping.lexical_redundancy(rollout.tokens, rollout.mask)
+            redundancy, lengths = 0.5 * lexical + 0.5 * shaping.semantic_redundancy(texts), rollout.mask.sum(axis=1)
+            scores["infolen"] = np.asarray(
+                shaping.infolen(correct, lengths, redundancy, max_length=max_tokens, **prices)
+            )
         if injects:
-            rollout, channels = injection.overwrite(rollout, injection.most_likely(candidates, rollout, score))
-            scores |= channels
+            rewards = scores.get("infolen", correct)
+            rows = injection.Rows(rollout, correct, rewards, prompts, group_size, max_tokens)
+            rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
+            candidates, memory = injection.plan(rows, task, memory, rng, **rules)
+            rollout, origins = injection.overwrite(rollout, injection.most_likely(candidates, rollout, score))
+            scores |= origins
         return rollout, scores, memory
-
-    def _infolen(rollout, correct):
-        rows = zip(rollout.tokens, rollout.mask, correct, strict=True)
-        completions = [tokens[mask].tolist() if right else [] for tokens, mask, right in rows]  # the others get 0
-        texts = [task.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in completions]
-        lexical = shaping.lexical_redundancy(rollout.tokens, rollout.mask)
-        redundancy = 0.5 * lexical + 0.5 * shaping.semantic_redundancy(texts)
-        shaped = shaping.infolen(
-            correct,
-            rollout.mask.sum(axis=1),
-            redundancy,
-            max_length=max_tokens,
-            length_weight=length_weight,
-            redundancy_weight=redundancy_weight,
-        )
-        return np.asarray(shaped)
 
     def rewards(scores, rollout, step):
         """Of the sampled rows, also where one was replaced; without ALI the injected rows' own."""
@@ -135,34 +121,14 @@ def tapo(
             per_token = jnp.where(batch.signals["teacher"] > 0, shaped, per_token)
         return per_token, diagnostics
 
-    def keep(rewards, scores):
-        """A repaired group is worth keeping."""
-        repaired = ~np.isnan(np.asarray(scores["origin"])).reshape(-1, group_size)
-        return repaired.any(axis=1) | (parent.keep is not None and parent.keep(rewards, scores))
-
-    def diagnostics(rewards, scores, rollout, step):
-        groups, source = np.asarray(scores["correct"]).reshape(-1, group_size), np.asarray(rollout.source)
-        wrong, right = np.all(groups == 0, axis=1), np.all(groups == 1, axis=1)
-        repaired = np.any(source.reshape(-1, group_size) > 0, axis=1)[wrong | right]
-        numbers = {f"injected_{name}": float(np.mean(source == code)) for name, code in SOURCES.items()}
-        injected = np.asarray(rollout.behaviour_logprobs)[rollout.mask & (source[:, None] > 0)]
-        return {
-            "all_wrong_groups": float(wrong.mean()),
-            "all_right_groups": float(right.mean()),
-            "repaired_groups": float(repaired.mean()) if repaired.size else float("nan"),
-            **numbers,
-            "injected_logprob": float(injected.mean()) if injected.size else float("nan"),
-        }
-
     if not injects:
         return parent._replace(inject=inject if use_infolen else None, rewards=rewards, advantages=advantage)
     return parent._replace(
         inject=inject,
         memory={},
         rewards=rewards,
-        keep=keep if dynamic_sampling else None,
         signals=signals,
         advantages=advantage,
         loss=loss,
-        diagnostics=diagnostics,
+        diagnostics=functools.partial(injection.shares, group_size=group_size),
     )

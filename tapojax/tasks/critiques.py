@@ -9,8 +9,8 @@ closes with the index of that step, or -1 where all are right:
 
     7+6+0=13T5+8+1=1F#1
 
-It breaks off there because one character is easily compared, a whole step afterwards is not: with F after the step,
-the same model learns to find flaws in many times the updates.
+It breaks off there because one character is easily compared, a whole step afterwards is not: with F after the step the
+same warm start ended at an accuracy of .70 instead of .97.
 
 Solutions are a pure function of (seed, index), and train or evaluate by the hash of their problem, like the gym's.
 """

@@ -8,6 +8,7 @@ Families and lengths: `gym_levels`. Worked solutions: `gym_solutions`. Verdicts,
 
 import dataclasses
 import hashlib
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, SupportsIndex, TypedDict
@@ -95,37 +96,37 @@ def demonstration(
     scratchpad: float,
     sloppiness: float,
     flaws: float = 0.0,
-    slips: float = 0.0,
+    skips: float = 0.0,
 ) -> str:
     """A demonstrator's completion for supervised fine-tuning.
 
     With probability `scratchpad` the worked solution, of which a share `flaws` has one wrong digit in a step and still
     the right answer; else an immediate answer "#143", of which a share `sloppiness` has one wrong digit. The quick
     start uses scratchpad=0.4, sloppiness=0.8: reinforcement learning then finds out that the scratchpad pays.
-    With `slips` each column of the worked solution comes out one digit wrong with that probability, and so does the
-    answer: a policy that imitates this rarely gets through a long sum.
+    Each column of the worked solution is left out with probability `skips`, and its digit in the answer is then wrong.
     """
     if rng.random() < scratchpad:
-        solution = _slipped(example, rng, slips) if slips else example["solution"]
+        solution = _with_skips(example, rng, skips) if skips else example["solution"]
         steps, _, answer = solution.rpartition("#")
         return (wrong_digit(steps, rng) if rng.random() < flaws else steps) + "#" + answer
     answer = example["answer"]
     return "#" + (wrong_digit(answer, rng) if rng.random() < sloppiness else answer)
 
 
-def _slipped(example: Mapping[str, Any], rng: np.random.Generator, slips: float) -> str:
-    """Raises ValueError where the answer is not read off the columns."""
-    steps = example["solution"].rpartition("#")[0].split(",")
-    if _read_off(steps) != example["answer"]:
-        raise ValueError(f"slips={slips}: {example['problem']!r} is not worked in columns; choose levels 1 to 12")
-    steps = [step[:-1] + wrong_digit(step[-1], rng) if rng.random() < slips else step for step in steps]
-    return ",".join(steps) + "#" + _read_off(steps)
+def _with_skips(example: Mapping[str, Any], rng: np.random.Generator, skips: float) -> str:
+    """Raises ValueError where the digits of the answer are not those of the columns."""
+    columns = example["solution"].rpartition("#")[0].split(",")
+    if _read_off(columns) != example["answer"]:
+        raise ValueError(f"skips={skips}: {example['problem']!r} is not worked in columns; choose levels 1 to 12")
+    written = [rng.random() >= skips for _ in columns]
+    guessed = [c if kept else c[:-1] + wrong_digit(c[-1], rng) for c, kept in zip(columns, written, strict=True)]
+    return ",".join(itertools.compress(columns, written)) + "#" + _read_off(guessed)
 
 
-def _read_off(steps: Sequence[str]) -> str:
+def _read_off(columns: Sequence[str]) -> str:
     """The answer that columns spell: the whole last result, then the last digits of those before, backwards."""
-    last = steps[-1].rpartition("=")[2]
-    return str(int(last + "".join(step[-1] for step in reversed(steps[:-1]))))
+    last = columns[-1].rpartition("=")[2]
+    return str(int(last + "".join(column[-1] for column in reversed(columns[:-1]))))
 
 
 def _validate(levels: Sequence[int], split: str) -> None:

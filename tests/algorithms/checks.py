@@ -56,7 +56,9 @@ def rollout(*, pad: int = PAD, seed: int = 0, extra: int = 0) -> Rollout:
     logprobs = np.array(BIGRAM.score(BIGRAM.params, jnp.asarray(tokens), jnp.asarray(mask)).logprobs)
     noise = rng.normal(0, 0.1, (rows, 6 + MAX_TOKENS)) if extra == 0 else np.zeros((rows, length))
     behaviour = np.where(mask, logprobs + noise, 0).astype(np.float32)
-    return Rollout(tokens, mask, behaviour, behaviour, prompt_lengths, truncated, np.zeros(rows, np.int32))
+    source = np.zeros(rows, np.int32)
+    source[[2, 9, 12]] = 1, 2, 3  # what TAPO injects; nobody else looks
+    return Rollout(tokens, mask, behaviour, behaviour, prompt_lengths, truncated, source)
 
 
 def scores(values=None, seed: int = 0) -> dict:
@@ -69,6 +71,10 @@ def scores(values=None, seed: int = 0) -> dict:
         "predicted": rng.integers(-2, 4, rows),  # the outermost are no legal verdicts
         "label": np.repeat(rng.integers(-1, 3, PROMPTS), GROUP_SIZE),
         "num_steps": np.full(rows, 3),
+        "infolen": rng.choice([0, 0.5, 0.8, 1], rows),
+        "origin": np.where(np.arange(rows) % 3 == 0, 1, np.nan),
+        "span_begin": np.where(np.arange(rows) == 12, 1, np.nan),
+        "span_end": np.where(np.arange(rows) == 12, 2, np.nan),
     }
     if values is not None:
         channels = {name: np.full(rows, channel[0]) for name, channel in channels.items()} | {"correct": values}

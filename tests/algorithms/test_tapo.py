@@ -150,14 +150,6 @@ def test_luffys_shaping_follows_its_formula_on_teacher_rows_only():
     np.testing.assert_allclose(got, [[-2 * 0.1 * 0.3 / 0.16, -2.0]], rtol=1e-5)
 
 
-def test_dynamic_sampling_keeps_a_repaired_group():
-    algorithm = make(task(solution=lambda e: ("", "#13")), dynamic_sampling=True, use_pai=False)
-    rollout, scores, _ = injected(algorithm, *WRONG, *WRONG)
-    assert algorithm.keep(algorithm.rewards(scores, rollout, 0), scores).tolist() == [True, True]
-    rollout, scores, _ = injected(make(dynamic_sampling=True, use_pai=False), *WRONG)
-    assert make(dynamic_sampling=True).keep(scores["correct"], scores).tolist() == [False], "nothing to teach it"
-
-
 def test_the_same_key_injects_the_same_rows():
     algorithm = make()
     first, second = (injected(algorithm, "#13", "#11", "#12", "#13", *RIGHT) for _ in range(2))
