@@ -16,7 +16,7 @@ def get_config(mode: str = ""):
     variant = base.choose("rtpo_gym", mode, VARIANTS)
     c = quickstart.get_config("quicktest" if mode == "quicktest" else "")
     c.algorithm = base.get_config(algorithm=variant).algorithm
-    c.task.scratchpad, c.task.skips = 1.0, 0.9
+    c.task.scratchpad, c.task.slips = 1.0, 0.9
     c.task.levels = c.task.evaluation_levels = (3,)
     c.sampling.max_prompt_tokens = 34  # 8 of the problem and 26 of the columns
     c.sampling.max_tokens = 32

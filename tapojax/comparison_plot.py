@@ -59,17 +59,15 @@ def mean_curve(
 
 def draw(runs: Runs, results: Mapping, path: Path, title: str) -> Path:
     """Panels of pass@1, each further channel, length and entropy up to the budget; bands are 95 % t-intervals."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     from matplotlib import layout_engine
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
 
     names = ["pass@1", *comparison.channels(results), "mean_length", "entropy"]
     columns = 2 if len(names) == 4 else min(3, len(names))
     count = -(-len(names) // columns)
     layout = layout_engine.ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08)
-    figure, grid = plt.subplots(count, columns, figsize=(4.4 * columns, 3.3 * count + 0.9), layout=layout)
+    figure = Figure(figsize=(4.4 * columns, 3.3 * count + 0.9), layout=layout)
+    grid = figure.subplots(count, columns)
     shown = [name for name, seeds in runs.items() if seeds]
     styles, banded = line_styles(shown, results["baseline"]), bands(shown, results["baseline"])
     for axes, name in zip(grid.flat, names, strict=False):
@@ -91,7 +89,6 @@ def draw(runs: Runs, results: Mapping, path: Path, title: str) -> Path:
     handles, labels = grid.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 6), frameon=False)
     figure.savefig(path, dpi=130)
-    plt.close(figure)
     return path
 
 

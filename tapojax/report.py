@@ -66,13 +66,11 @@ def read_jsonl(path: Path) -> list[dict]:
 
 def draw_curve(workdir: Path, title: str) -> Path:
     """curve.png: held-out pass@1 with its interval, training accuracy, entropy and length over steps."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure  # without pyplot: no display is asked for, no notebook's backend switched
 
     steps, evaluations = read_jsonl(workdir / "metrics.jsonl"), read_jsonl(workdir / "evaluations.jsonl")
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
     figure.suptitle(title)
     left.plot(*_series(steps, "accuracy"), color="tab:gray", alpha=0.6, lw=1.2, label="training accuracy")
     at = [e["step"] for e in evaluations]
@@ -92,7 +90,6 @@ def draw_curve(workdir: Path, title: str) -> Path:
     lengths.set_ylabel("completion length, tokens", color="tab:green")
     path = workdir / "curve.png"
     figure.savefig(path, dpi=130)
-    plt.close(figure)
     return path
 
 

@@ -290,6 +290,31 @@ def test_hapo_policy_loss(case, sign):
             np.testing.assert_allclose(ours[mask], expected[mask], 1e-5, atol, err_msg=name)
 
 
+@of_cases("hapo_dapo_loss")
+def test_dapo_loss_of_hapos_comparison(case):
+    data, knobs = golden("hapo_dapo_loss"), meta("hapo_dapo_loss")["cases"][case]
+    mask, new, old, advantages = golden_batch(data, knobs["data"].split()[0], "new", "old", "adv")
+    new = jnp.asarray(data["extreme_new"]) if case == "extreme" else new
+    whole = jnp.asarray(mask, float)
+    w = {
+        "token-mean": weights.token_mean(mask),
+        "seq-mean-token-sum": weights.sequence_sum(mask),
+        "seq-mean-token-mean": weights.sequence_mean(mask),
+        "seq-mean-token-sum-norm": whole / mask.shape[1],
+    }[knobs["loss_agg_mode"]]
+    if wide := knobs["global_batch_info"]:
+        w = whole / wide["batch_num_tokens"] * wide["dp_size"]
+    clip, c = dict(clip_low=knobs["clip_low"], clip_high=knobs["clip_high"]), knobs["clip_c"]
+
+    def loss(x):
+        return jnp.sum(w * losses.clipped_surrogate(x, old, advantages, **clip, dual_clip=c))
+
+    clipped = losses.clip_fraction(new, old, advantages, **clip)
+    np.testing.assert_allclose(loss(new), data[f"{case}_loss"], 1e-5, 1e-5)
+    np.testing.assert_allclose(jax.grad(loss)(new), data[f"{case}_grad"], 1e-5, 1e-6)
+    np.testing.assert_allclose(jnp.sum(weights.token_mean(mask) * clipped), data[f"{case}_clipfrac"], 1e-5, 1e-6)
+
+
 @of_cases("hapo_forking_loss")
 def test_forking_loss(case):
     """N / K on the kept tokens under the mean over all N is the mean over the kept K."""

@@ -19,7 +19,7 @@ def arithmetic(
     scratchpad: float = 0.4,
     sloppiness: float = 0.8,
     flaws: float = 0.0,
-    skips: float = 0.0,
+    slips: float = 0.0,
 ) -> Task:
     """Problems of the given levels; the evaluation problems never occur in training.
 
@@ -29,7 +29,7 @@ def arithmetic(
       scratchpad: share of warm-start demonstrations that work step by step; the others answer at once.
       sloppiness: share of the immediate answers that have a wrong digit.
       flaws: share of the demonstrations with steps that have one wrong digit there, and still the right answer.
-      skips: probability of each column of a demonstration to be left out; its digit in the answer is then wrong.
+      slips: probability of each column of a demonstration to come out one too high, and its digit of the answer too.
 
     Raises:
       ValueError: an unknown level, or one whose problems do not fit max_prompt_tokens.
@@ -53,7 +53,7 @@ def arithmetic(
         score=score,
         answer=gym_checker.extract,
         demonstration=lambda example, rng: gym.demonstration(
-            example, rng, scratchpad=scratchpad, sloppiness=sloppiness, flaws=flaws, skips=skips
+            example, rng, scratchpad=scratchpad, sloppiness=sloppiness, flaws=flaws, slips=slips
         ),
         solution=_solution,
         perturb=surgery.make_perturb(tokenizer, _answer_span, score),

@@ -8,7 +8,6 @@ Families and lengths: `gym_levels`. Worked solutions: `gym_solutions`. Verdicts,
 
 import dataclasses
 import hashlib
-import itertools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, SupportsIndex, TypedDict
@@ -96,31 +95,31 @@ def demonstration(
     scratchpad: float,
     sloppiness: float,
     flaws: float = 0.0,
-    skips: float = 0.0,
+    slips: float = 0.0,
 ) -> str:
     """A demonstrator's completion for supervised fine-tuning.
 
     With probability `scratchpad` the worked solution, of which a share `flaws` has one wrong digit in a step and still
     the right answer; else an immediate answer "#143", of which a share `sloppiness` has one wrong digit. The quick
     start uses scratchpad=0.4, sloppiness=0.8: reinforcement learning then finds out that the scratchpad pays.
-    Each column of the worked solution is left out with probability `skips`, and its digit in the answer is then wrong.
+    Each column of the worked solution comes out one too high with probability `slips`, and so does its digit of the
+    answer: a policy with that habit hardly ever gets through a long sum, yet needs to unlearn a single thing.
     """
     if rng.random() < scratchpad:
-        solution = _with_skips(example, rng, skips) if skips else example["solution"]
+        solution = _with_slips(example, rng, slips) if slips else example["solution"]
         steps, _, answer = solution.rpartition("#")
         return (wrong_digit(steps, rng) if rng.random() < flaws else steps) + "#" + answer
     answer = example["answer"]
     return "#" + (wrong_digit(answer, rng) if rng.random() < sloppiness else answer)
 
 
-def _with_skips(example: Mapping[str, Any], rng: np.random.Generator, skips: float) -> str:
+def _with_slips(example: Mapping[str, Any], rng: np.random.Generator, slips: float) -> str:
     """Raises ValueError where the digits of the answer are not those of the columns."""
     columns = example["solution"].rpartition("#")[0].split(",")
     if _read_off(columns) != example["answer"]:
-        raise ValueError(f"skips={skips}: {example['problem']!r} is not worked in columns; choose levels 1 to 12")
-    written = [rng.random() >= skips for _ in columns]
-    guessed = [c if kept else c[:-1] + wrong_digit(c[-1], rng) for c, kept in zip(columns, written, strict=True)]
-    return ",".join(itertools.compress(columns, written)) + "#" + _read_off(guessed)
+        raise ValueError(f"slips={slips}: {example['problem']!r} is not worked in columns; choose levels 1 to 12")
+    columns = [c[:-1] + str((int(c[-1]) + (rng.random() < slips)) % 10) for c in columns]
+    return ",".join(columns) + "#" + _read_off(columns)
 
 
 def _read_off(columns: Sequence[str]) -> str:

@@ -42,20 +42,20 @@ def test_warm_levels_are_those_of_the_demonstrations_only():
 
 
 @pytest.mark.parametrize("level", range(1, 13))
-def test_skips_leave_columns_out_one_by_one_and_their_digits_are_wrong(level):
-    task = arithmetic(seed=0, max_prompt_tokens=16, levels=(level,), scratchpad=1.0, skips=0.3)
-    rng, written, columns, right = np.random.default_rng(0), 0, 0, 0
+def test_slips_spoil_columns_one_by_one_and_the_answer_with_them(level):
+    task = arithmetic(seed=0, max_prompt_tokens=16, levels=(level,), scratchpad=1.0, slips=0.3)
+    rng, wrong, columns, right = np.random.default_rng(0), 0, 0, 0
     for example in (task.train[i] for i in range(200)):
-        prescribed = example["solution"].count(",") + 1
         verdict = gym_checker.check(example["problem"], task.demonstration(example, rng))
-        assert verdict.format_ok and all(step.right for step in verdict.steps), "what is written is right"
-        assert verdict.correct == (len(verdict.steps) == prescribed)
-        written, columns, right = written + len(verdict.steps), columns + prescribed, right + verdict.correct
-    assert abs(written / columns - 0.7) < 5 * 0.46 / columns**0.5, "five standard errors"
+        assert verdict.format_ok and len(verdict.steps) == example["solution"].count(",") + 1
+        assert verdict.correct == all(step.right for step in verdict.steps), "a slip is never without consequence"
+        wrong, columns = wrong + sum(not step.right for step in verdict.steps), columns + len(verdict.steps)
+        right += verdict.correct
+    assert abs(wrong / columns - 0.3) < 5 * 0.46 / columns**0.5, "five standard errors"
     assert 0 < right < 200
 
 
-def test_skips_need_columns():
-    task = arithmetic(seed=0, max_prompt_tokens=16, levels=(16,), scratchpad=1.0, skips=0.3)
-    with pytest.raises(ValueError, match=r"skips=0.3: '\d\d\*\d\d\?' is not worked in columns; choose levels 1 to 12"):
+def test_slips_need_columns():
+    task = arithmetic(seed=0, max_prompt_tokens=16, levels=(16,), scratchpad=1.0, slips=0.3)
+    with pytest.raises(ValueError, match=r"slips=0.3: '\d\d\*\d\d\?' is not worked in columns; choose levels 1 to 12"):
         task.demonstration(task.train[0], np.random.default_rng(0))
