@@ -17,7 +17,9 @@ def get_config(mode: str = ""):
     c = quickstart.get_config("quicktest" if mode == "quicktest" else "")
     c.algorithm = base.get_config(algorithm=variant).algorithm
     c.task.scratchpad, c.task.slips = 1.0, 0.9
-    c.task.levels = c.task.evaluation_levels = (3,)
-    c.sampling.max_prompt_tokens = 34  # 8 of the problem and 26 of the columns
-    c.sampling.max_tokens = 32
+    c.task.levels = c.task.evaluation_levels = (4,)
+    c.sampling.max_prompt_tokens = 46  # 10 of the problem and 36 of the columns
+    c.sampling.max_tokens = 42
+    if mode != "quicktest":
+        c.steps = 60
     return c

@@ -1,6 +1,7 @@
 """The end of a run in one table and one picture."""
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -11,16 +12,21 @@ def finish(workdir: Path, *, steps: int, title: str, seconds: Mapping[str, float
     """Writes summary.json and curve.png of a run that reached `steps`, and prints its table."""
     evaluations = {record["step"]: record for record in read_jsonl(workdir / "evaluations.jsonl")}
     before, after = evaluations[0], evaluations[steps]
+    injected = Counter(record["source"] for record in read_jsonl(workdir / "injections.jsonl"))
     summary = {
         "pass_at_1": {"before": before["pass@1"], "after": after["pass@1"]},
         "before": before,
         "after": after,
         "steps": steps,
+        "injected_rows_by_source": {str(source): injected[source] for source in sorted(injected)},
         "seconds": {stage: round(value, 2) for stage, value in seconds.items()},
     }
     (workdir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     picture = draw_curve(workdir, title)
     print(f"\n{before_after_table(before, after)}\n")
+    if injected:
+        rows = ", ".join(f"{injected[source]} of source {source}" for source in sorted(injected))
+        print(f"injected {rows}; each is in injections.jsonl")
     print("seconds  " + "  ".join(f"{stage} {value:.1f}" for stage, value in seconds.items()))
     print(f"written  {workdir / 'summary.json'}, {picture}, metrics.jsonl, rollouts.jsonl, checkpoints/")
     return summary

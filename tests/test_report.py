@@ -84,3 +84,12 @@ def test_the_curve_shows_the_evaluations(tmp_path):
         return int(np.all(np.abs(pixels - np.array([31, 119, 180]) / 255) < 0.02, axis=-1).sum())
 
     assert blue([BEFORE, AFTER]) > blue([]) + 300
+
+
+def test_injected_rows_are_counted_by_source(tmp_path, capsys):
+    write_run(tmp_path, [BEFORE, AFTER])
+    rows = [{"step": 0, "row": row, "source": source} for row, source in enumerate([1, 3, 1])]
+    (tmp_path / "injections.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    summary = report.finish(tmp_path, steps=40, title="a run", seconds={})
+    assert summary["injected_rows_by_source"] == {"1": 2, "3": 1}
+    assert "injected 2 of source 1, 1 of source 3; each is in injections.jsonl" in capsys.readouterr().out
