@@ -32,8 +32,6 @@ def rtpo(
     closed_turn: bool = False,
     clip_low: float = 0.2,
     clip_high: float = 0.2,
-    dynamic_sampling: bool = False,
-    token_mean: bool = True,
 ) -> Algorithm:
     """The schedule (`schedules.hint_fraction`) reaches its end at the share `anneal` of the run's steps; a knob that it
     does not read must keep its default. Neutral: schedule = "constant", value = 0.
@@ -54,23 +52,17 @@ def rtpo(
 
     def prompts(prompts, step):
         share = fraction(step)
-        pairs = zip(prompts.examples, prompts.tokens, strict=True)
-        return prompts._replace(tokens=[hinted(*pair, share) for pair in pairs]) if share else prompts
+        return prompts._replace(tokens=[hinted(*pair, share) for pair in zip(*prompts, strict=True)])
 
     def hinted(example, tokens, share):
         if (solution := solve(example)) is None:
-            where = "set task.solution_key, or leave such rows out"
-            raise ValueError(f"example {example['id']!r} has no worked solution to cut a hint from: {where}")
+            raise ValueError(f"{example['id']!r} has no worked solution: set task.solution_key, or leave such rows out")
         hint = task.tokenizer.encode(solution[0], add_special_tokens=False)
         hint = hint[: schedules.kept_tokens(share, len(hint))]
         while hint and task.tokenizer.decode(hint).endswith("\ufffd"):  # the cut fell inside a character
             hint = hint[:-1]
         return place(example, hint) if hint else tokens
 
-    def diagnostics(rewards, scores, rollout, step):
-        return {"hint_fraction": fraction(step)}
-
-    clip: dict[str, Any] = dict(clip_low=clip_low, clip_high=clip_high)
-    options = dict(dynamic_sampling=dynamic_sampling, token_mean=token_mean)
-    parent = dapo(group_size=group_size, max_tokens=max_tokens, **clip, **options)
-    return parent._replace(prompts=prompts, diagnostics=diagnostics)
+    rest: dict[str, Any] = dict(clip_low=clip_low, clip_high=clip_high, dynamic_sampling=False)
+    parent = dapo(group_size=group_size, max_tokens=max_tokens, **rest)
+    return parent._replace(prompts=prompts, diagnostics=lambda *given: {"hint_fraction": fraction(given[-1])})

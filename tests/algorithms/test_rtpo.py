@@ -116,7 +116,7 @@ def test_a_task_without_solutions_is_refused():
 
 def test_an_example_without_solution_is_named():
     task = TASK._replace(solution=lambda example: None)
-    with pytest.raises(ValueError, match="example 'a' has no worked solution .*: set task.solution_key"):
+    with pytest.raises(ValueError, match="'a' has no worked solution: set task.solution_key"):
         make(task).prompts(plain(EXAMPLE), 0)
     assert make(task).prompts(plain(EXAMPLE), 8) == plain(EXAMPLE), "when hints are over, none is asked for"
 
