@@ -52,7 +52,8 @@ def rtpo(
 
     def prompts(prompts, step):
         share = fraction(step)
-        return prompts._replace(tokens=[hinted(*pair, share) for pair in zip(*prompts, strict=True)])
+        pairs = zip(*prompts, strict=True)
+        return prompts._replace(tokens=[hinted(*pair, share) for pair in pairs]) if share else prompts
 
     def hinted(example, tokens, share):
         if (solution := solve(example)) is None:

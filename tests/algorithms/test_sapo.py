@@ -43,5 +43,5 @@ def test_a_ratio_past_all_bounds_stays_finite():
 
 
 def test_tau_must_be_positive():
-    with pytest.raises(ValueError, match="tau_negative=0"):
-        sapo(group_size=2, tau_negative=0)
+    with pytest.raises(ValueError, match="tau_negative=0.0"):
+        sapo(group_size=2, tau_negative=0.0)
