@@ -52,7 +52,7 @@ def rtpo(
 
     def prompts(prompts, step):
         share = fraction(step)
-        pairs = zip(*prompts, strict=True)
+        pairs = zip(prompts.examples, prompts.tokens, strict=True)
         return prompts._replace(tokens=[hinted(*pair, share) for pair in pairs]) if share else prompts
 
     def hinted(example, tokens, share):
