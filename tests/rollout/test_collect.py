@@ -193,23 +193,28 @@ def test_the_prompts_slot_changes_what_is_sampled_and_not_what_is_scored():
 def test_the_inject_slot_replaces_rows_scores_and_texts():
     seen = []
 
-    def inject(rollout, scores, prompts, key):
-        seen.append((scores, prompts, key))
+    def inject(rollout, scores, prompts, key, memory, score):
+        seen.append((scores, prompts, key, memory, score))
         tokens, source = rollout.tokens.copy(), rollout.source.copy()
         tokens[1, 1:3], source[1] = [ord("!"), ord("?")], 2
         correct = scores["correct"].copy()
         correct[1] = 5.0
         mask = rollout.mask.copy()
         mask[1, 3] = False
-        return rollout._replace(tokens=tokens, mask=mask, source=source), {**scores, "correct": correct}
+        return rollout._replace(tokens=tokens, mask=mask, source=source), {**scores, "correct": correct}, memory + 1
 
-    part = run(batches_of("AB"), fake_task(right), grpo(group_size=GROUP)._replace(inject=inject))
+    def policy(tokens, mask):
+        raise AssertionError("the algorithm decides whether rows are scored")
+
+    injecting = grpo(group_size=GROUP)._replace(inject=inject)
+    part = run(batches_of("AB"), fake_task(right), injecting, memory=1, score=policy)
     assert part.completions == ["A0", "!?", "B0", "B1"], "texts are those of the rows that train"
     np.testing.assert_array_equal(part.scores["correct"], [1, 5, 1, 1])
     np.testing.assert_array_equal(part.rollout.source, [0, 2, 0, 0])
     assert part.sampled_tokens == 12, "what was injected was not sampled"
-    (scores, prompts, key), *rest = seen
+    (scores, prompts, key, memory, score), *rest = seen
     assert not rest and list(prompts.tokens) == [[81, 65], [81, 66]]
+    assert (memory, part.memory, score) == (1, 2, policy), "the memory goes in and comes out"
     assert scores.keys() == {"correct"} and jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key)
 
 
