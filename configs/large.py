@@ -7,9 +7,18 @@ micro-batch holds 8 rows; set `mesh.fsdp` to the number of chips, and `train.mic
 from configs import base
 
 
-def get_config(*, algorithm: str, prompts: int, group_size: int, prompt_tokens: int, max_tokens: int, updates: int = 1):
+def get_config(
+    *,
+    algorithm: str,
+    prompts: int,
+    group_size: int,
+    prompt_tokens: int,
+    max_tokens: int,
+    updates: int = 1,
+    task: str = "files",
+):
     """`updates` optimizer steps a rollout batch of prompts x group_size rows."""
-    c = base.get_config(algorithm=algorithm, task="files")
+    c = base.get_config(algorithm=algorithm, task=task)
     c.prompts_per_step, c.group_size = prompts, group_size
     c.task.overlong_prompts = "drop"
     c.sampling.max_prompt_tokens, c.sampling.max_tokens = prompt_tokens, max_tokens

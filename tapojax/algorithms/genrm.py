@@ -32,6 +32,5 @@ def genrm(
         shaped = shaping.genrm_reward(scores["predicted"], scores["label"], scores["num_steps"])
         return shaped + overlong(rollout, max_tokens, overlong_buffer, overlong_factor)
 
-    # not "predicted": a critique without a legible verdict has NaN there and is worth -1, while a NaN in a channel that
-    # is needed counts as a row that could not be scored
+    # not "predicted": NaN there is a critique without a legible verdict, worth -1, and not a row that was not scored
     return parent._replace(needs=parent.needs | {"label", "num_steps"}, rewards=rewards)

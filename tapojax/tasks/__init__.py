@@ -1,5 +1,10 @@
 """The task table: name in a config -> constructor."""
 
-from tapojax.tasks import arithmetic, critiques, files
+from tapojax.tasks import arithmetic, critique_files, critiques, files
 
-TASKS = {"arithmetic": arithmetic.arithmetic, "critiques": critiques.critiques, "files": files.files}
+TASKS = {
+    "arithmetic": arithmetic.arithmetic,
+    "critiques": critiques.critiques,
+    "critique_files": critique_files.critique_files,
+    "files": files.files,
+}

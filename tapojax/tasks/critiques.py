@@ -100,8 +100,15 @@ def score(examples: Sequence[Mapping[str, Any]], completions: Sequence[str]) -> 
     correct           predicted and label agree on whether there is a wrong step (the published `acc`)
     location          they agree on which
     """
+    pairs = zip(completions, examples, strict=True)
+    return channels(examples, [verdict(text, example["num_steps"]) for text, example in pairs])
+
+
+def channels(
+    examples: Sequence[Mapping[str, Any]], verdicts: Sequence[int | None]
+) -> dict[str, Float32[np.ndarray, "B"]]:
+    """The channels of `score`, given what each critique says."""
     label, steps = (np.array([example[name] for example in examples], np.float32) for name in ("label", "num_steps"))
-    verdicts = [verdict(text, example["num_steps"]) for text, example in zip(completions, examples, strict=True)]
     predicted = np.array([NO_VERDICT if index is None else index for index in verdicts], np.float32)
     return {
         "predicted": predicted,

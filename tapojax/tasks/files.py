@@ -57,7 +57,7 @@ def files(
     def read(path: str) -> list[Example]:
         keys = {"problem": problem_key, "answer": answer_key}
         rows = [_example(row, path, i, keys, solution_key) for i, row in enumerate(data.read_rows(path))]
-        return _within_budget(rows, prompt, max_prompt_tokens, overlong_prompts, path)
+        return within_budget(rows, prompt, max_prompt_tokens, overlong_prompts, path)
 
     def score(examples: Sequence[Example], completions: Sequence[str]):
         grades = answers.grade(completions, [e["answer"] for e in examples], deadline_s=deadline_s)
@@ -133,7 +133,8 @@ def _example(row: dict, path: str, index: int, keys: dict[str, str], solution_ke
     }
 
 
-def _within_budget(rows, prompt, max_prompt_tokens: int, overlong: str, path: str) -> list[Example]:
+def within_budget(rows, prompt, max_prompt_tokens: int, overlong: str, path: str) -> list[Example]:
+    """The rows whose prompts fit; raises ValueError naming the longest where overlong="error" and one does not."""
     lengths = [len(prompt(row)) for row in rows]
     long = [i for i, length in enumerate(lengths) if length > max_prompt_tokens]
     if long and overlong == "error":
