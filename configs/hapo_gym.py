@@ -38,8 +38,6 @@ def get_config(mode: str = ""):
     algorithm = variant if variant in ("forking", "archer", "edge_grpo") else "hapo"
     c = quickstart.get_config("quicktest" if mode == "quicktest" else "")
     c.algorithm = base.get_config(algorithm=algorithm).algorithm
-    if mode != "quicktest":
-        c.steps = 15
     c.train.minibatches = 8
     c.optimizer.learning_rate = 3e-4
     c.algorithm.update(KNOBS.get(variant, {}))
