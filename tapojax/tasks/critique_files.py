@@ -44,10 +44,8 @@ def critique_files(
     tokenizer = files.load_tokenizer(tokenizer_path)
 
     def prompt(example: Example) -> list[int]:
-        if not chat:
-            return tokenizer.encode(example["question"])
-        messages = [{"role": "user", "content": example["question"]}]
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        question = example["question"]
+        return files.chat_prompt(tokenizer, question) if chat else tokenizer.encode(question)
 
     def read(path: str) -> list[Example]:
         rows = [_example(row, path, number) for number, row in enumerate(data.read_rows(path), 1)]

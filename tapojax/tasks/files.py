@@ -41,8 +41,6 @@ def files(
       ValueError: a missing file or column, a tokenizer without end token, an overlong prompt; each is named.
     """
     del seed  # files have one order; the run's seed shuffles it
-    if overlong_prompts not in ("error", "drop"):
-        raise ValueError(f"task.overlong_prompts={overlong_prompts!r}: choose 'error' or 'drop'")
     tokenizer = load_tokenizer(tokenizer_path)
 
     def prompt(example: Example) -> list[int]:
@@ -50,9 +48,7 @@ def files(
 
     def open_turn(example: Example, *said: str) -> list[int]:
         """The conversation up to where the assistant's next turn begins; it said `said` before."""
-        messages = [{"role": "user", "content": template.format(problem=example["problem"])}]
-        messages += [{"role": "assistant", "content": text} for text in said]
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        return chat_prompt(tokenizer, template.format(problem=example["problem"]), *said)
 
     def read(path: str) -> list[Example]:
         keys = {"problem": problem_key, "answer": answer_key}
@@ -133,8 +129,20 @@ def _example(row: dict, path: str, index: int, keys: dict[str, str], solution_ke
     }
 
 
+def chat_prompt(tokenizer, *texts: str) -> list[int]:
+    """The tokens of a conversation, user first and in turns, up to where the assistant's next turn begins."""
+    messages = [{"role": ("user", "assistant")[turn % 2], "content": text} for turn, text in enumerate(texts)]
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+
+
 def within_budget(rows, prompt, max_prompt_tokens: int, overlong: str, path: str) -> list[Example]:
-    """The rows whose prompts fit; raises ValueError naming the longest where overlong="error" and one does not."""
+    """The rows whose prompts fit; overlong is "error" or "drop".
+
+    Raises:
+      ValueError: it is neither, or it is "error" and a prompt does not fit; the longest is named.
+    """
+    if overlong not in ("error", "drop"):
+        raise ValueError(f"task.overlong_prompts={overlong!r}: choose 'error' or 'drop'")
     lengths = [len(prompt(row)) for row in rows]
     long = [i for i, length in enumerate(lengths) if length > max_prompt_tokens]
     if long and overlong == "error":
