@@ -13,10 +13,18 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir(
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import jax
 import pytest
 from jaxtyping import install_import_hook
 
 install_import_hook("tapojax", "beartype.beartype").__enter__()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled():
+    """Every compiled program holds some of the process's 65,530 memory maps (Linux); past them XLA crashes."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture
