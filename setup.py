@@ -22,6 +22,11 @@ REQUIRES = [
     "pyarrow>=20",
     "matplotlib>=3.10,<4",
     "tensorboardX>=2.6.5,<3",
+    "grpcio>=1.85.1,<2",  # this and protobuf: at least what made tapojax/rpc/tapojax_pb2*.py
+    "grpcio-health-checking>=1.85.1,<2",
+    "grpcio-reflection>=1.85.1,<2",
+    "protobuf>=7.35.1,<8",
+    "prometheus-client>=0.26,<1",
 ]
 NOTEBOOKS = ["nbclient>=0.11,<0.12", "nbformat>=5.11,<6", "ipykernel>=7.4,<8"]
 JUDGES = ["openai>=2,<3"]  # judges and teachers behind an OpenAI-compatible endpoint
@@ -36,6 +41,7 @@ EXTRAS = {
         *NOTEBOOKS,  # the tests execute notebooks/
         *JUDGES,
         "beartype>=0.22",
+        "grpcio-tools==1.85.1",  # makes the stubs; a test compares them with those committed
         "hypothesis>=6.150",
         "mypy>=1.19,<3",
         "pytest>=9",

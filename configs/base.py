@@ -37,6 +37,9 @@ def get_config(*, algorithm: str = "grpo", task: str = "arithmetic") -> ConfigDi
     c.sampling.stop_token_ids = ()  # that end a completion, beside the tokenizer's end token
     c.sampling.dtype = "float32"  # of the sampler's copy of the parameters
 
+    c.rollout = sections.rollout_defaults()  # where completions are sampled; the keys are remote.Options
+    c.rollout.addresses = ()  # of launch.serve_rollouts, such as ("gpu1:7777", "gpu2:7777"); empty: here
+
     c.optimizer = ConfigDict()
     c.optimizer.learning_rate = 1e-6
     c.optimizer.schedule = "constant"  # constant, linear or cosine, after the warm-up
@@ -57,9 +60,31 @@ def get_config(*, algorithm: str = "grpo", task: str = "arithmetic") -> ConfigDi
     c.train.correction = "none"  # train/rollout mismatch: none, token or sequence truncated importance weights
     c.train.correction_cap = 2.0
 
+    c.mismatch = ConfigDict()  # of log-probs, trainer's minus sampler's, λ; over sampled tokens, in nats; 0: no limit
+    c.mismatch.warn = 0.0  # a batch whose mean of exp(λ) - 1 - λ is above is told
+    c.mismatch.stop = 0.0  # above this the run stops
+    c.mismatch.mask = 0.0  # tokens or rows above this leave the loss
+    c.mismatch.mask_estimator = "k3"  # k1: -λ, on both sides of 0; k2: λ²/2; k3: exp(λ) - 1 - λ
+    c.mismatch.mask_level = "token"  # token by itself, or a row by the mean, sum or max of its tokens
+
+    c.asynchrony = ConfigDict()
+    c.asynchrony.staleness = 0  # versions of the weights that a batch may lag behind; 0: strictly on-policy
+    c.asynchrony.in_flight = False  # new weights reach completions that are being sampled; takes rollout.addresses
+    c.asynchrony.record = False  # write batches and schedule to recorded/
+    c.asynchrony.replay = ""  # recorded/ of another run: train on its batches, sample none
+
     c.collect = ConfigDict()
     c.collect.max_rounds = 10  # of dynamic sampling before the run stops
     c.collect.max_error_share = 0.2  # of rows without a score before the run stops
+
+    c.reward = ConfigDict()  # where completions are scored
+    c.reward.addresses = ()  # of launch.serve_rewards, such as ("big1:7788", "big2:7788"); empty: in this process
+    c.reward.deadline_s = 60.0  # of one try of a chunk of rows
+    c.reward.retries = 3  # of a chunk, on other servers, before its rows go without a score
+    c.reward.token_file = ""  # what is shown to the servers
+    c.reward.authority_file = ""  # who signed the servers' certificates; needed beyond loopback
+    c.reward.certificate_file = ""  # of this process, for mutual TLS
+    c.reward.key_file = ""
 
     c.judge = ConfigDict()  # whose verdicts are the score channel "flawed", instead of the task's own
     c.judge.workdir = ""  # of a finished run of configs/genrm_gym.py; empty: no judge

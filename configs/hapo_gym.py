@@ -4,7 +4,8 @@
     python -m launch.compare --config=configs/hapo_gym.py --workdir=runs/hapo_gym
 
 HAPO, arXiv 2509.16591. The quick start's problem and warm start, with eight updates a rollout batch, without which no
-ratio leaves 1 and neither clipping nor redistribution acts. No variant differs from DAPO here, see the README for why. `:quicktest` runs in seconds and shows nothing.
+ratio leaves 1 and neither clipping nor redistribution acts. No variant differs from DAPO here; the
+README says why. `:quicktest` runs in seconds and shows nothing.
 """
 
 from configs import base, quickstart

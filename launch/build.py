@@ -1,23 +1,29 @@
 """From a config to the values a run is made of. Each function takes one section, so that every key has one reader."""
 
+import contextlib
 import dataclasses
 import functools
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from launch import sections
-from tapojax import checkpoint, correction, policy, sharding, train_step
+from tapojax import asynchrony, checkpoint, correction, metrics, policy, recording, sharding, train_step
 from tapojax.algorithms import ALGORITHMS
 from tapojax.models import config_json, decoder, huggingface, presets
 from tapojax.models.config import DecoderConfig
-from tapojax.rollout import local
+from tapojax.rewards import remote as rewards
+from tapojax.rollout import delivery, local, remote
+from tapojax.rollout.collect import Collected
+from tapojax.rpc import security
 from tapojax.tasks import TASKS, judged
 from tapojax.types import Algorithm, Engine, Sampling, Task
 
@@ -41,18 +47,19 @@ def setup(config) -> Setup:
     """Builds it, and finds the config's mistakes before anything is compiled."""
     check_rows(config)
     mesh, problems = sharding.make_mesh(**config.mesh), task(config)
-    decoder_config = model(config.model, problems.tokenizer)
+    decoder_config, algo = model(config.model, problems.tokenizer), algorithm(config, problems)
+    check_rewards(config, algo)
+    correct = mismatch_correction(config.train, config.mismatch)
+    check_asynchrony(config, algo, correct)
     return Setup(
         mesh=mesh,
         task=problems,
-        algorithm=algorithm(config, problems),
+        algorithm=algo,
         model=decoder_config,
         optimizer=optimizer(
             config.optimizer, total_updates=config.steps * config.train.minibatches * config.train.epochs
         ),
-        engine=local.local_engine(
-            decoder_config, max_prompt_tokens=config.sampling.max_prompt_tokens, dtype=config.sampling.dtype
-        ),
+        engine=engine(config, decoder_config),
         sampling=sampling(config, problems.tokenizer),
         eval_sampling=sampling(
             config,
@@ -67,16 +74,53 @@ def setup(config) -> Setup:
             temperature=config.sampling.temperature,
             max_logit_bytes=config.train.max_logit_bytes,
         ),
-        correct=mismatch_correction(config.train),
+        correct=correct,
     )
 
 
 def task(config) -> Task:
-    """The task, with the verdicts of a judge where the config names one."""
+    """The task, scored by the reward servers and with the verdicts of the judge that the config names."""
     problems = sections.build(
         TASKS, config.task, "task", seed=config.seed, max_prompt_tokens=config.sampling.max_prompt_tokens
     )
+    if config.reward.addresses:
+        section = config.reward
+        score = rewards.remote_score(
+            section.addresses,
+            security=reward_security(section),
+            deadline_s=section.deadline_s,
+            retries=section.retries,
+        )
+        problems = problems._replace(score=score)
     return judged.judged(problems, judge(config)) if config.judge.workdir else problems
+
+
+def reward_security(section) -> security.Security:
+    """What the reward servers are shown, and know themselves by."""
+    return security.load_security(**{name: section[name] for name in section if name.endswith("_file")})
+
+
+def check_rewards(config, algo: Algorithm):
+    """The reward servers must score this task, in the channels that the algorithm needs.
+
+    Raises:
+      ConnectionError: none of them answers.
+      ValueError: they score something else.
+    """
+    if not config.reward.addresses:
+        return
+    said = rewards.describe(config.reward.addresses, security=reward_security(config.reward))
+    if said.task != config.task.name:
+        raise ValueError(
+            f"the reward servers score the task {said.task!r}, this config has {config.task.name!r}: start them with "
+            "the same --config"
+        )
+    judged_here = {"flawed"} if config.judge.workdir else set()
+    if missing := algo.needs - judged_here - set(said.channels):
+        raise ValueError(
+            f"the algorithm needs the score channels {sorted(missing)}, the reward servers give "
+            f"{sorted(said.channels)}: start them with a task or a --config.judge.workdir that provides them"
+        )
 
 
 def judge(config) -> judged.Judge:
@@ -95,17 +139,25 @@ def judge(config) -> judged.Judge:
     if its.task.name != "critiques":
         raise ValueError(f"judge.workdir={str(workdir)!r} is a run of the task {its.task.name!r}, not of 'critiques'")
     its.mesh = config.mesh
+    its.rollout, its.reward = ConfigDict({"addresses": ()}), ConfigDict({"addresses": ()})  # it was trained by, once
+    its.asynchrony, its.mismatch = ConfigDict({"staleness": 0, "in_flight": False, "replay": ""}), config.mismatch
     run = setup(its)
     with jax.set_mesh(run.mesh):
         _, params = saved_params(run, workdir)
         weights = run.engine.load(params, 0)
-    return judged.critic(
+    critic = judged.critic(
         run.engine,
         weights,
         dataclasses.replace(run.sampling, temperature=config.judge.temperature),
         max_prompt_tokens=its.sampling.max_prompt_tokens,
         batch_rows=config.judge.batch_rows,
     )
+
+    def ask(examples, completions):
+        with jax.set_mesh(run.mesh):  # of the thread that asks, which a reward server starts anew for each batch
+            return critic(examples, completions)
+
+    return ask
 
 
 def saved_params(run: Setup, workdir: Path, *, initial: bool = False) -> tuple[int, Any]:
@@ -135,6 +187,23 @@ def algorithm(config, problems: Task) -> Algorithm:
         temperature=config.sampling.temperature,
         steps=config.steps,
         task=problems,
+    )
+
+
+def engine(config, model: DecoderConfig) -> Engine:
+    """The embedded sampler, or the rollout servers that the config names."""
+    options = dict(config.rollout)
+    addresses, budget = tuple(options.pop("addresses")), config.sampling.max_prompt_tokens
+    if not addresses:
+        return local.local_engine(model, max_prompt_tokens=budget, dtype=config.sampling.dtype)
+    score = policy.make_score(model, max_scored=delivery.PROBE_TOKENS, max_logit_bytes=config.train.max_logit_bytes)
+    return remote.remote_engine(
+        addresses,
+        model,
+        max_prompt_tokens=budget,
+        probe=lambda params, tokens, mask: score(params, tokens, mask).logprobs,
+        options=remote.Options(**options),
+        in_flight=config.asynchrony.in_flight,
     )
 
 
@@ -237,13 +306,88 @@ def abstract_state(run: Setup):
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
 
-def mismatch_correction(section) -> Callable[..., Any] | None:
-    """The truncated importance weights of the train/rollout mismatch, or None where they are off."""
-    if section.correction == "none":
-        return None
-    if section.correction not in ("token", "sequence"):
-        raise ValueError(f"train.correction={section.correction!r}: choose none, token or sequence")
-    return functools.partial(correction.truncated_ratio, level=section.correction, cap=section.correction_cap)
+def mismatch_correction(train, mismatch) -> Callable[..., Any] | None:
+    """Importance weights [B, T] of the train/rollout mismatch: truncated ratios, 0 where rejected; None: all off.
+
+    Raises:
+      ValueError: an unknown level or estimator, a limit below 0.
+    """
+    if train.correction not in ("none", "token", "sequence"):
+        raise ValueError(f"train.correction={train.correction!r}: choose none, token or sequence")
+    for name in ("warn", "stop", "mask"):
+        if mismatch[name] < 0:
+            raise ValueError(f"mismatch.{name}={mismatch[name]} is below 0: give a limit in nats, 0 for none")
+    ratio = functools.partial(correction.truncated_ratio, level=train.correction, cap=train.correction_cap)
+    kept = functools.partial(
+        correction.rejection_mask,
+        estimator=mismatch.mask_estimator,
+        level=mismatch.mask_level,
+        low=-mismatch.mask,  # reached by k1 only, the others have a sign
+        high=mismatch.mask,
+    )
+    one = jax.ShapeDtypeStruct((1, 1), jnp.float32)
+    jax.eval_shape(kept, one, one, jax.ShapeDtypeStruct((1, 1), bool))  # a mistake shows before anything is compiled
+    if not mismatch.mask:
+        return None if train.correction == "none" else ratio
+    if train.correction == "none":
+        return lambda *rows: kept(*rows).astype(jnp.float32)
+    return lambda *rows: ratio(*rows) * kept(*rows)
+
+
+def check_asynchrony(config, algo: Algorithm, correct: Callable[..., Any] | None):
+    """What is trained must be able to lag, and what samples ahead must not start programs on the trainer's devices.
+
+    Lagging rows are corrected as those of another implementation are, so a correction must be chosen (our choice).
+
+    Raises:
+      ValueError: naming the key.
+    """
+    section, devices = config.asynchrony, math.prod(config.mesh.values())
+    if section.replay:
+        recording.read_schedule(Path(section.replay), config.steps)
+        return
+    if section.staleness < section.in_flight:
+        raise ValueError(
+            f"asynchrony.staleness={section.staleness}, asynchrony.in_flight={section.in_flight}: staleness is 0 or "
+            "more, and in flight at least 1"
+        )
+    if section.in_flight and not config.rollout.addresses:
+        raise ValueError(
+            "asynchrony.in_flight: the embedded sampler keeps its weights until a batch is done; name servers in "
+            "rollout.addresses, or leave it off"
+        )
+    if section.staleness and correct is None:
+        raise ValueError(
+            f"asynchrony.staleness={section.staleness} would train on rows of older weights as if they were new: "
+            "choose train.correction=token or sequence, or a mismatch.mask"
+        )
+    own_programs = {
+        "the embedded sampler (name rollout.addresses)": not config.rollout.addresses,
+        f"{config.algorithm.name} scores the rows it injects and": algo.inject is not None,
+        "the judge of judge.workdir": config.judge.workdir,
+    }
+    for what in [name for name, here in own_programs.items() if here and section.staleness and devices > 1]:
+        raise ValueError(
+            f"asynchrony.staleness={section.staleness} on {devices} devices: {what} would start programs while the "
+            "trainer does, and their collectives wait for one another; take one device, or staleness 0"
+        )
+
+
+@contextlib.contextmanager
+def source(
+    config, collect: asynchrony.Collect, log: metrics.Log, *, start: int, ready: Sequence[Collected]
+) -> Iterator[asynchrony.Source]:
+    """Where the loop gets its batches: from `collect`, when it is time or ahead of it, or from a recording."""
+    section, steps, rows = config.asynchrony, config.steps, config.prompts_per_step * config.group_size
+    with contextlib.ExitStack() as stack:
+        if section.replay:
+            batches = recording.replay(Path(section.replay), steps=steps, rows=rows)
+        elif section.staleness:
+            lag = dict(staleness=section.staleness, in_flight=section.in_flight)
+            batches = stack.enter_context(asynchrony.ahead(collect, start=start, steps=steps, ready=ready, **lag))
+        else:
+            batches = asynchrony.on_policy(collect)
+        yield recording.record(batches, log) if section.record else batches
 
 
 def check_rows(config):

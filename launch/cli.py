@@ -1,5 +1,6 @@
 """What all commands share: flags, the compilation cache, and errors a person can read."""
 
+import importlib
 import json
 import os
 import sys
@@ -19,6 +20,7 @@ CONFIG = config_flags.DEFINE_config_file(
     "config", None, "a file of configs/, such as configs/quickstart.py", lock_config=True
 )
 WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run; an existing one is resumed [runs/<config>-<time>]")
+PLACES = (".addresses", "_file")  # keys that say where servers are, which a resumed run may find elsewhere
 TRACEBACK = flags.DEFINE_bool("traceback", False, "show where an error was raised, not only what it says")
 
 
@@ -66,9 +68,23 @@ def cache_compilations():
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
+def load_config(file: str):
+    """The config of a file of configs/, such as configs/quickstart.py or configs/quickstart.py:dapo."""
+    path, _, mode = file.partition(":")
+    name = Path(path).with_suffix("").as_posix().replace("/", ".")
+    try:
+        module = importlib.import_module(name)
+    except ImportError as error:
+        raise ValueError(f"--config={file} cannot be loaded ({error}): pass a file of configs/") from error
+    return _checked(module.get_config(mode))
+
+
 def checked_config():
     """The config of the flags, all of whose keys are read."""
-    config = CONFIG.value
+    return _checked(CONFIG.value)
+
+
+def _checked(config):
     known = base.get_config(algorithm=config.algorithm.name, task=config.task.name)
     sections.check_keys(config, known)
     return config
@@ -83,7 +99,10 @@ def write_config(config, workdir: Path):
     path, new = workdir / "config.json", json.loads(config.to_json())
     if path.exists() and (workdir / "initial" / "0").exists():  # a start that failed before binds nobody
         old = json.loads(path.read_text())
-        for key, (was, now) in _differences(old, new).items():
+        differing = _differences(old, new)
+        for key in [key for key in differing if key.endswith(PLACES)]:
+            del differing[key]
+        for key, (was, now) in differing.items():
             raise ValueError(
                 f"{workdir} holds a run with {key}={was!r}, this command says {now!r}: "
                 "give the same config to resume, or another --workdir to start anew"

@@ -8,6 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from tapojax.algorithms import ALGORITHMS
+from tapojax.rollout import remote
 from tapojax.tasks import TASKS
 
 
@@ -17,6 +18,10 @@ def algorithm_defaults(name: str) -> ConfigDict:
 
 def task_defaults(name: str) -> ConfigDict:
     return _defaults(name, choose(TASKS, name, "task"))
+
+
+def rollout_defaults() -> ConfigDict:
+    return ConfigDict({"addresses": (), **remote.Options._field_defaults})
 
 
 def choose(table: Mapping[str, Any], name: str, what: str):

@@ -95,6 +95,27 @@ def rejection_mask(
     return jnp.asarray(mask) & (statistic >= low) & (statistic <= high)
 
 
+def mismatch(
+    old_logprobs: Float[ArrayLike, "B T"], behaviour_logprobs: Float[ArrayLike, "B T"], mask: Bool[ArrayLike, "B T"]
+) -> dict[str, Float[Array, ""]]:
+    """How far trainer and sampler disagree on the tokens in the mask, in nats; all 0 for an empty mask.
+
+    mismatch_max   max |λ|                     λ = old_logprobs - behaviour_logprobs
+    mismatch_mean  mean |λ|
+    mismatch_k3    mean of exp(λ) - 1 - λ, an estimate of KL(behaviour ‖ old) that is never negative; λ within ±20
+
+    Source: Schulman 2020, "Approximating KL divergence" (k3).
+    """
+    log_ratio = _log_ratio(old_logprobs, behaviour_logprobs, mask)
+    count = jnp.maximum(jnp.sum(mask), 1)
+    bounded = jnp.clip(log_ratio, -_MAX_LOG_RATIO, _MAX_LOG_RATIO)
+    return {
+        "mismatch_max": jnp.max(jnp.abs(log_ratio)),
+        "mismatch_mean": jnp.sum(jnp.abs(log_ratio)) / count,
+        "mismatch_k3": jnp.sum(jnp.expm1(bounded) - bounded) / count,
+    }
+
+
 def _log_ratio(
     old_logprobs: Float[ArrayLike, "B T"], behaviour_logprobs: Float[ArrayLike, "B T"], mask: Bool[ArrayLike, "B T"]
 ) -> Float[Array, "B T"]:

@@ -82,6 +82,17 @@ def adaptive_temperature(
     return jnp.asarray(base * (1 + strength * jnp.where(jnp.isnan(relative), 0, relative)))
 
 
+class AdaptiveTemperature(NamedTuple):
+    """`adaptive_temperature` as a value for an algorithm's `temperature` slot: numbers that a remote sampler can be
+    told. Entropies are taken at the base temperature, like those of `score` that the statistics describe."""
+
+    base: float
+    strength: float
+
+    def __call__(self, logits: Float[ArrayLike, "B V"], stats: EntropyStats) -> Float[Array, "B"]:
+        return adaptive_temperature(jnp.asarray(logits) / self.base, stats, base=self.base, strength=self.strength)
+
+
 def top_fraction(
     entropies: Float[ArrayLike, "B T"], mask: Bool[ArrayLike, "B T"], fraction: ScalarLike
 ) -> Bool[Array, "B T"]:

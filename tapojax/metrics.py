@@ -25,7 +25,7 @@ class Log(NamedTuple):
 
 def open_log(workdir: Path, *, start: int, tensorboard: bool) -> Log:
     """Opens the log of a run that goes on at step `start`: lines of later steps, left by a killed run, are dropped."""
-    for name in ("metrics", "rollouts", "injections", "evaluations"):
+    for name in ("metrics", "rollouts", "injections", "evaluations", "recorded/schedule"):
         _drop_from(workdir / f"{name}.jsonl", start + (name == "evaluations"))
     writer = SummaryWriter(str(workdir / "tensorboard"), purge_step=start) if tensorboard else None
     return Log(workdir, writer)
@@ -116,6 +116,8 @@ def batch_metrics(batch: Batch, correct) -> dict:
 
     `silent_rows` is the signal exhaustion of Tan et al. (PAPO), arXiv 2603.26535: the share of the rows in the mask
     whose advantage is 0 at every token. A row's advantage is its mean over tokens; within 1e-6 it counts as 0.
+    Of sampled tokens, `importance_mean` is the mean weight for the train/rollout mismatch and `mismatch_masked` the
+    share whose weight is 0, for they were rejected.
     """
     mask, correct = np.asarray(batch.mask), np.asarray(correct)
     active, per_token = np.any(mask, axis=1), np.where(mask, batch.advantages, 0)
@@ -136,6 +138,10 @@ def batch_metrics(batch: Batch, correct) -> dict:
                 f"advantage_{name}_min": float(row[rows].min()),
                 f"advantage_{name}_max": float(row[rows].max()),
             }
+    if batch.importance is not None:
+        weights = np.asarray(batch.importance)[mask & (np.asarray(batch.source) == 0)[:, None]]
+        if weights.size:
+            values |= {"importance_mean": float(weights.mean()), "mismatch_masked": float(np.mean(weights == 0))}
     return values
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from tapojax import policy
+from tapojax import correction, policy
 from tapojax import weights as weights_math
 from tapojax.types import Algorithm, Batch, Rollout, Scores, TokenStats, TrainState
 
@@ -31,7 +31,9 @@ def make_batch(
     """Rewards, advantages and signals of a whole rollout batch; group and entropy statistics are taken here, once.
 
     Rows whose reward is NaN leave the mask. `correct(old_logprobs, behaviour_logprobs, mask)` gives the importance
-    weights of the train/rollout mismatch; injected rows (source > 0) keep weight 1.
+    weights of the train/rollout mismatch; injected rows (source > 0) keep weight 1. A token of weight 0 is rejected: it
+    leaves the loss and stays in the mask, so it counts in the denominators. The others weigh what they did, and the
+    ratio of a sequence is that of all its tokens (our choice; verl takes rejected tokens out of the mask).
     """
     rewards = algorithm.rewards(scores, rollout, step)
     rollout = rollout._replace(mask=rollout.mask & ~jnp.isnan(rewards)[:, None])
@@ -49,7 +51,14 @@ def make_batch(
         ref_logprobs=ref_logprobs,
         importance=importance,
         signals={} if algorithm.signals is None else algorithm.signals(old_stats, rollout),
+        source=rollout.source,
     )
+
+
+def mismatch(batch: Batch) -> dict[str, Any]:
+    """`correction.mismatch` of the sampled rows of a batch that has old log-probs."""
+    sampled = batch.mask & (batch.source == 0)[:, None]
+    return correction.mismatch(batch.old_logprobs, batch.behaviour_logprobs, sampled)
 
 
 def minibatches(batch: Batch, *, count: int, epochs: int, seed: tuple[int, ...]) -> Iterator[Batch]:
@@ -85,7 +94,7 @@ def make_train_step(
             "update_kl": old_logprobs - stats.logprobs,
         }
         means = {name: jnp.sum(token_weights * value) for name, value in diagnostics.items()}
-        return loss, {"loss": loss, **means}
+        return loss, ({"loss": loss, **means}, old_logprobs)
 
     gradient = jax.grad(objective, has_aux=True)
 
@@ -95,13 +104,21 @@ def make_train_step(
         if batch.importance is not None:
             weights = weights * batch.importance
         if microbatches == 1:
-            return gradient(params, batch, weights, token_weights)
-        parts = policy.split_rows((batch, weights, token_weights), microbatches)
-        first = jax.eval_shape(gradient, params, *jax.tree.map(lambda x: x[0], parts))
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
-        return jax.lax.scan(
-            lambda total, part: (jax.tree.map(jnp.add, total, gradient(params, *part)), None), zeros, parts
-        )[0]
+            gradients, (metrics, old_logprobs) = gradient(params, batch, weights, token_weights)
+        else:
+            parts = policy.split_rows((batch, weights, token_weights), microbatches)
+            first = jax.eval_shape(gradient, params, *jax.tree.map(lambda x: x[0], parts))
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (first[0], first[1][0]))
+
+            def add(total, part):
+                gradients, (metrics, old_logprobs) = gradient(params, *part)
+                return jax.tree.map(jnp.add, total, (gradients, metrics)), old_logprobs
+
+            (gradients, metrics), old_logprobs = jax.lax.scan(add, zeros, parts)
+            old_logprobs = policy.join_rows(old_logprobs)
+        if batch.old_logprobs is None and batch.source is not None:  # else the caller knows them before the update
+            metrics |= mismatch(batch._replace(old_logprobs=old_logprobs))
+        return gradients, metrics
 
     def train_step(state: TrainState, batch: Batch):
         gradients, metrics = accumulate(state.params, batch)

@@ -47,6 +47,8 @@ class Rollout(NamedTuple):
     prompt_lengths: Int[Array, "B"]
     truncated: Bool[Array, "B"]  # the budget ended before a stop token came
     source: Int[Array, "B"]  # provenance: 0 sampled from the policy, others are an algorithm's injections
+    # of the weights that each completion token was sampled by, -1 outside; None: those the engine had loaded
+    versions: Int[Array, "B T"] | None = None
 
 
 class TokenStats(NamedTuple):
@@ -66,8 +68,10 @@ class Batch(NamedTuple):
     # None where the batch serves one update only: then they are the train step's own log-probs, gradient stopped
     old_logprobs: Float[Array, "B T"] | None
     ref_logprobs: Float[Array, "B T"] | None  # None unless the algorithm needs a reference
-    importance: Float[Array, "B T"] | None  # truncated train/rollout weights; None where uncorrected
+    # of the train/rollout mismatch: truncated ratios, 0 where rejected; None where uncorrected
+    importance: Float[Array, "B T"] | None
     signals: Mapping[str, Float[Array, "B T"]]
+    source: Int[Array, "B"] | None = None  # as in Rollout; None: nothing was sampled
 
 
 class TrainState(NamedTuple):
@@ -142,8 +146,15 @@ class Sampling:
 class Engine(NamedTuple):
     """Where completions come from. `generate` takes as weights what `load` hands out: both are functions."""
 
-    load: Callable[[Params, int], Any]  # (params, version) -> weights
+    # (params, version) -> weights of their own, which stay when params are given away; called by the thread that
+    # trains, also while generate runs in another one, which goes on with the weights it has
+    load: Callable[[Params, int], Any]
     generate: Callable[..., Rollout]  # (weights, prompts, key, *, group_size, sampling, temperature, carry) -> rollout
+    # the same where the completions come scored: -> (rollout, scores by channel, error text or None by row)
+    generate_scored: Callable[..., tuple[Rollout, Scores, Sequence[str | None]]] | None = None
+    # (params, version) -> weights, while generate runs elsewhere: its remaining tokens come from the new weights
+    update: Callable[[Params, int], Any] | None = None
+    close: Callable[[], None] = lambda: None  # lets go of connections
 
 
 @runtime_checkable

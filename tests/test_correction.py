@@ -139,3 +139,52 @@ def test_unknown_choices_are_named():
             correction.rejection_mask(*arrays, estimator=estimator, level=level, low=0.0, high=1.0)
     with pytest.raises(ValueError, match="maximum of the signed"):
         correction.rejection_mask(*arrays, estimator="k1", level="max", low=0.0, high=1.0)
+
+
+# ---- statistics
+
+
+def test_mismatch_by_hand():
+    """λ = 0.5, -1, 0 inside the mask."""
+    old, behaviour = jnp.array([[-1.0, -2.0, 5.0], [-3.0, 9.0, 9.0]]), jnp.array([[-1.5, -1.0, -9.0], [-3.0, 0.0, 0.0]])
+    got = correction.mismatch(old, behaviour, jnp.array([[True, True, False], [True, False, False]]))
+    assert {name: float(value) for name, value in got.items()} == {
+        "mismatch_max": 1.0,
+        "mismatch_mean": 0.5,
+        "mismatch_k3": pytest.approx((np.exp(0.5) - 1.5 + np.exp(-1)) / 3, rel=1e-6),
+    }
+
+
+def test_mismatch_is_that_of_the_golden_rows_and_of_their_rejection():
+    with jax.enable_x64(True):
+        old, behaviour, mask = inputs()
+        got = correction.mismatch(old, behaviour, mask)
+        x = (DATA["old_log_prob"].astype(np.float64) - DATA["rollout_log_prob"])[MASK]
+        want = {"max": np.abs(x).max(), "mean": np.abs(x).mean(), "k3": (np.exp(x) - 1 - x).mean()}
+        for name, value in want.items():
+            np.testing.assert_allclose(got[f"mismatch_{name}"], value, 1e-6, err_msg=name)
+        whole = functools.partial(correction.rejection_mask, old.reshape(1, -1), behaviour.reshape(1, -1))
+        for high, kept in ((0.999 * want["k3"], False), (1.001 * want["k3"], True)):  # the mean of one long row
+            rejected = whole(mask.reshape(1, -1), estimator="k3", level="mean", low=-1.0, high=high)
+            assert bool(rejected.any()) == kept, "a limit means the same for warning and for masking"
+
+
+@pytest.mark.parametrize("garbage", [jnp.nan, jnp.inf, 1e30])
+def test_mismatch_reads_the_mask_only_and_has_no_gradient(garbage):
+    old, behaviour, mask = inputs(np.float32)
+    dirty = jnp.where(mask, old, garbage), jnp.where(mask, behaviour, -garbage), mask
+    clean = correction.mismatch(old, behaviour, mask)
+    for name, value in jax.jit(correction.mismatch)(*dirty).items():
+        np.testing.assert_allclose(value, clean[name], 1e-6, err_msg=name)
+    grads = jax.grad(lambda o, b, m: sum(correction.mismatch(o, b, m).values()), argnums=(0, 1))(*dirty)
+    np.testing.assert_array_equal(grads, jnp.zeros((2, *mask.shape)))
+
+
+def test_mismatch_of_nothing_is_0_and_of_what_is_no_number_is_none():
+    old, behaviour, mask = inputs(np.float32)
+    assert not any(correction.mismatch(old, behaviour, jnp.zeros_like(mask)).values())
+    assert not any(correction.mismatch(old, old, mask).values())
+    broken = correction.mismatch(jnp.where(mask, jnp.nan, 0), behaviour, mask)
+    assert all(jnp.isnan(value) for value in broken.values()), "a limit must not pass it"
+    huge = correction.mismatch(jnp.full((1, 2), 1e4), jnp.zeros((1, 2)), jnp.ones((1, 2), bool))
+    assert jnp.isfinite(huge["mismatch_k3"]) and float(huge["mismatch_max"]) == 1e4

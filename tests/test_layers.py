@@ -87,11 +87,12 @@ def test_the_library_knows_no_flags_no_configs_and_no_launcher():
 
 
 def test_nobody_imports_torch_tensorflow_or_vllm():
-    """vLLM is a server in its own environment; only the file of its engine may name it."""
+    """vLLM is a server in its own environment; only the two files of its engine may name it, and torch with it."""
+    engine = matching("tapojax/rollout/vllm_*.py")
 
     def allowed(file, name):
         return not starts_with(name, ["torch", "tensorflow", "vllm"]) or (
-            starts_with(name, ["vllm"]) and file == "tapojax/rollout/vllm.py"
+            starts_with(name, ["torch", "vllm"]) and file in engine
         )
 
     launchers = [str(p.relative_to(ROOT)) for folder in ("launch", "configs") for p in (ROOT / folder).glob("*.py")]
@@ -104,8 +105,30 @@ def test_rewards_need_no_jax():
     assert not offenders(files, lambda file, name: not starts_with(name, ["jax", "jaxlib", "flax"]))
 
 
-@pytest.mark.parametrize("module", ["tapojax.rewards.answers", "tapojax.rewards.worker"])
-def test_the_verifier_loads_neither_jax_nor_flax(module):
+def test_the_wire_knows_neither_jax_nor_the_trainer():
+    """A rollout server of another engine, in an environment without jax, speaks it too."""
+    files, ours = matching("tapojax/rpc/*.py"), ["tapojax.rpc", "tapojax.rollout.sampler"]
+    assert "tapojax/rpc/server.py" in files
+
+    def allowed(file, name):
+        return starts_with(name, ours) or not starts_with(name, [*OURS, "jax", "jaxlib", "jaxtyping", "flax"])
+
+    assert not offenders([*files, "tapojax/rollout/sampler.py"], allowed)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "tapojax.rewards.answers",
+        "tapojax.rewards.worker",
+        "tapojax.rewards.serving",
+        "tapojax.rewards.remote",
+        "tapojax.rpc.server",
+        "tapojax.rpc.client",
+        "tapojax.rpc.weights",
+    ],
+)
+def test_verifiers_and_the_wire_load_neither_jax_nor_flax(module):
     """Nor through anything it imports."""
     heavy = ["jax", "jaxlib", "flax", "torch", "tensorflow", "math_verify"]
     code = f"import sys, {module}; print([m for m in {heavy} if m in sys.modules])"

@@ -179,6 +179,17 @@ def test_batch_metrics_by_hand():
     }
 
 
+def test_the_weights_of_the_mismatch_are_told_of_sampled_tokens():
+    mask = np.array([[0, 1, 1], [0, 1, 1], [0, 1, 0]], bool)
+    batch = batch_of(mask, np.zeros((3, 3), np.float32))
+    weights = np.array([[9, 0, 0.5], [9, 1, 1], [9, 2, 9]], np.float32)
+    got = metrics.batch_metrics(batch._replace(importance=weights, source=np.array([0, 1, 0])), np.ones(3))
+    assert got["importance_mean"] == pytest.approx(2.5 / 3) and got["mismatch_masked"] == pytest.approx(1 / 3)
+    assert "importance_mean" not in metrics.batch_metrics(batch, np.ones(3))
+    empty = batch._replace(mask=mask & False, importance=weights, source=np.zeros(3))
+    assert "importance_mean" not in metrics.batch_metrics(empty, np.ones(3))
+
+
 @pytest.mark.filterwarnings("error")
 def test_a_batch_without_rows_is_silent():
     mask = np.zeros((2, 3), bool)

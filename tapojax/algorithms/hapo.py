@@ -50,10 +50,6 @@ def hapo(
     def update_carry(carry, old_stats, rollout):
         return entropy.signal(old_stats.entropies, rollout.mask, pivot=pivot, signed=signed)[1]
 
-    def adaptive_temperature(logits, carry):
-        scaled = logits / temperature  # so that these entropies are like those of `score`, which carry describes
-        return entropy.adaptive_temperature(scaled, carry, base=temperature, strength=temperature_strength)
-
     def advantage(rewards, scores, rollout):
         return advantages.token_group_normalize(rewards, rollout.mask, group_size)
 
@@ -71,8 +67,9 @@ def hapo(
         }
 
     if temperature_strength:
-        algorithm = algorithm._replace(temperature=adaptive_temperature)
-        algorithm = algorithm._replace(carry=entropy.no_stats(), update_carry=jax.jit(update_carry))
+        adaptive: Any = entropy.AdaptiveTemperature(temperature, temperature_strength)
+        algorithm = algorithm._replace(temperature=adaptive, carry=entropy.no_stats())
+        algorithm = algorithm._replace(update_carry=jax.jit(update_carry))
     if group_average:
         algorithm = algorithm._replace(advantages=advantage)
     if redistribution or clip_strength:

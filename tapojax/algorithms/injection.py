@@ -117,12 +117,14 @@ def overwrite(rollout: Rollout, chosen: Sequence[tuple[Candidate, Any]]) -> tupl
     Channels: `origin`, `span_begin` and `span_end` (completion tokens of the exchanged answer); NaN where there is
     none. The rows' log-probs are the trainer's own, since no sampler drew them.
     """
-    rollout = Rollout(*(np.array(field) for field in rollout))
+    rollout = Rollout(*(None if field is None else np.array(field) for field in rollout))
     channels = {name: np.full(len(rollout.mask), np.nan, np.float32) for name in ("origin", "span_begin", "span_end")}
     for (row, source, origin, completion), logprobs in chosen:
         _write(rollout.tokens[row], rollout.mask[row], int(rollout.prompt_lengths[row]), completion.tokens)
         rollout.behaviour_logprobs[row] = rollout.base_logprobs[row] = logprobs
         rollout.source[row], rollout.truncated[row] = source, False
+        if rollout.versions is not None:
+            rollout.versions[row] = -1
         channels["origin"][row] = origin
         if completion.end > completion.begin:
             channels["span_begin"][row], channels["span_end"][row] = completion.begin, completion.end

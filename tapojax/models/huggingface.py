@@ -7,7 +7,7 @@ saving, so both directions are exact. A torch Linear stores [out, in]; our kerne
 import math
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from flax import traverse_util
-from jaxtyping import Shaped
+from jaxtyping import Array, Shaped
 
 from tapojax.models import config_json, decoder, safetensors_folder
 from tapojax.models.config import DecoderConfig
@@ -95,8 +95,8 @@ def _axis_sizes(config: DecoderConfig) -> dict[str, int]:
     }
 
 
-def _move(config: DecoderConfig, x: Shaped[np.ndarray, "..."], pattern: str) -> Shaped[np.ndarray, "..."]:
-    """A view of x with its axes as the pattern says."""
+def _move(config: DecoderConfig, x: Any, pattern: str) -> Any:
+    """x, of numpy (a view) or of jax, with its axes as the pattern says."""
     sizes = _axis_sizes(config)
     return rearrange(x, pattern, **{axis: sizes[axis] for axis in re.findall(r"\w", pattern)})
 
@@ -111,14 +111,33 @@ def load_params(path: PathLike, config: DecoderConfig, *, dtype: str | None = No
     Raises:
       ValueError: missing, unexpected or misshapen tensors, all of them named; a missing, truncated or doubtful file.
     """
-    folder, expected = safetensors_folder.existing(path), manifest(config)
-    wanted = jnp.dtype(config.param_dtype if dtype is None else dtype)
+    folder = safetensors_folder.existing(path)
     with safetensors_folder.opened(folder) as found:
-        _check_tensors(folder, expected, found)
-        flat = {key: np.empty(leaf.shape, wanted) for key, leaf in _abstract(config).items()}
-        for name, tensor in expected.items():
-            x = found[name].get_tensor(name)
-            flat[tensor.path][... if tensor.layer is None else tensor.layer] = _move(config, x, tensor.pattern)
+        _check_tensors(folder, manifest(config), found)
+        return _gathered(config, dtype, lambda name: found[name].get_tensor(name))
+
+
+def from_named(
+    tensors: Mapping[str, Shaped[np.ndarray, "..."]], config: DecoderConfig, *, dtype: str | None = None
+) -> Any:
+    """Params as load_params gives them, from arrays by Hugging Face name.
+
+    Raises:
+      ValueError: missing, unexpected or misshapen tensors, all of them named.
+    """
+    expected = {name: tensor.shape for name, tensor in manifest(config).items()}
+    problems = _compare(expected, {name: x.shape for name, x in tensors.items()})
+    safetensors_folder.refuse("these are not the tensors of this config", problems, "Pass those of the same model")
+    return _gathered(config, dtype, tensors.__getitem__)
+
+
+def _gathered(config: DecoderConfig, dtype: str | None, tensor_of: Callable[[str], np.ndarray]) -> Any:
+    """Params, each leaf allocated once and filled tensor by tensor."""
+    wanted = jnp.dtype(config.param_dtype if dtype is None else dtype)
+    flat = {key: np.empty(leaf.shape, wanted) for key, leaf in _abstract(config).items()}
+    for name, tensor in manifest(config).items():
+        x = _move(config, tensor_of(name), tensor.pattern)
+        flat[tensor.path][... if tensor.layer is None else tensor.layer] = x
     return traverse_util.unflatten_dict(flat, sep="/")
 
 
@@ -162,6 +181,21 @@ def named_tensors(
     Raises:
       ValueError: params are not those of the config.
     """
+    for name, x in _scattered(params, config, np.asarray):
+        yield name, np.ascontiguousarray(x, dtype=x.dtype if dtype is None else jnp.dtype(dtype))
+
+
+def to_named(params: Any, config: DecoderConfig) -> dict[str, Shaped[Array, "..."]]:
+    """Hugging Face name -> array in its layout; for use inside jit, where the params never leave the devices.
+
+    Raises:
+      ValueError: params are not those of the config.
+    """
+    return dict(_scattered(params, config, jnp.asarray))
+
+
+def _scattered(params: Any, config: DecoderConfig, place: Callable[[Any], Any]) -> Iterator[tuple[str, Any]]:
+    """The inverse of _gathered; `place` takes each tensor to where its axes are moved."""
     flat = traverse_util.flatten_dict(params, sep="/")
     shapes = {path: leaf.shape for path, leaf in _abstract(config).items()}
     problems = _compare(shapes, {path: leaf.shape for path, leaf in flat.items()})
@@ -169,9 +203,8 @@ def named_tensors(
     safetensors_folder.refuse("the params are not those of this config", problems, fix)
     for name, tensor in manifest(config).items():
         leaf = flat[tensor.path]
-        x = np.asarray(leaf if tensor.layer is None else leaf[tensor.layer])
-        x = _move(config, x, " -> ".join(reversed(tensor.pattern.split(" -> "))))
-        yield name, np.ascontiguousarray(x, dtype=x.dtype if dtype is None else jnp.dtype(dtype))
+        x = place(leaf if tensor.layer is None else leaf[tensor.layer])
+        yield name, _move(config, x, " -> ".join(reversed(tensor.pattern.split(" -> "))))
 
 
 def save_params(

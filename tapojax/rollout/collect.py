@@ -22,6 +22,7 @@ class Collected(NamedTuple):
     sampled_tokens: int
     seconds: Mapping[str, float]  # spent sampling and scoring
     memory: Any = None  # the algorithm's, as it is after this batch
+    version: int | None = None  # of the weights that sampling began with, where somebody has told
 
 
 def collect(
@@ -89,19 +90,16 @@ def _one_round(engine, weights, examples, task, algorithm, sampling, step, key, 
     if algorithm.prompts is not None:
         prompts = algorithm.prompts(prompts, step)
     started = time.perf_counter()
-    rollout = engine.generate(
-        weights,
-        prompts,
-        key,
-        group_size=algorithm.group_size,
-        sampling=sampling,
-        temperature=algorithm.temperature,
-        carry=carry,
-    )
+    how = dict(group_size=algorithm.group_size, sampling=sampling, temperature=algorithm.temperature, carry=carry)
+    scored = None
+    if engine.generate_scored is None:
+        rollout = engine.generate(weights, prompts, key, **how)
+    else:
+        rollout, *scored = engine.generate_scored(weights, prompts, key, **how)
     sampled = time.perf_counter()
     rows = [example for example in examples for _ in range(algorithm.group_size)]
     completions = decode(task.tokenizer, rollout)
-    scores, errors = task.score(rows, completions)
+    scores, errors = scored or task.score(rows, completions)
     sampled_tokens = int(rollout.mask.sum())
     if missing := algorithm.needs - scores.keys():
         raise ValueError(

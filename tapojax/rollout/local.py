@@ -58,7 +58,16 @@ def local_engine(config: DecoderConfig, *, max_prompt_tokens: int, dtype: str | 
 
 
 def pad_prompts(prompts: Prompts, max_prompt_tokens: int, pad_token_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """Right-padded tokens [P, S] and lengths [P].
+    """Right-padded tokens [P, S] and lengths [P]; raises like check_prompts."""
+    lengths = check_prompts(prompts, max_prompt_tokens)
+    tokens = np.full((len(lengths), max_prompt_tokens), pad_token_id, np.int32)
+    for row, ids in zip(tokens, prompts.tokens, strict=True):
+        row[: len(ids)] = ids
+    return tokens, lengths
+
+
+def check_prompts(prompts: Prompts, max_prompt_tokens: int) -> np.ndarray:
+    """The prompts' lengths [P].
 
     Raises:
       ValueError: a prompt is empty or longer than the budget.
@@ -69,10 +78,7 @@ def pad_prompts(prompts: Prompts, max_prompt_tokens: int, pad_token_id: int) -> 
             f"prompt {prompts.examples[i]['id']!r} has {lengths[i]} tokens, allowed are 1 to {max_prompt_tokens}: "
             "raise sampling.max_prompt_tokens (a hint counts too), or drop such rows with task.overlong_prompts='drop'"
         )
-    tokens = np.full((len(lengths), max_prompt_tokens), pad_token_id, np.int32)
-    for row, ids in zip(tokens, prompts.tokens, strict=True):
-        row[: len(ids)] = ids
-    return tokens, lengths
+    return lengths
 
 
 @functools.partial(jax.jit, static_argnames=("config", "group_size", "sampling", "temperature"))

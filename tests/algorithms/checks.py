@@ -146,7 +146,7 @@ def row_order(algorithm: Algorithm):
 
 def padding(algorithm: Algorithm):
     rows = rollout()
-    widened = Rollout(*(widen(x, 5) if x.ndim == 2 else x for x in rows))
+    widened = jax.tree.map(lambda x: widen(x, 5) if x.ndim == 2 else x, rows)
     assert_same(
         gradient(algorithm, batch_of(algorithm, widened, scores())),
         gradient(algorithm, batch_of(algorithm, rows, scores())),

@@ -1,6 +1,5 @@
 """TAPO's rules of injection: which row, by what, and what is remembered."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -211,10 +210,12 @@ def test_truncated_and_unscored_rows_are_not_remembered():
 
 def test_overwriting_leaves_padding_behind_a_shorter_completion():
     rows = rows_of(*WRONG)
-    rollout, _ = injection.overwrite(
-        rows.rollout, [(injection.Candidate(2, 1, 1, Perturbed(ids("#13"), 0, 0)), np.zeros(LENGTH))]
-    )
+    sampled = rows.rollout._replace(versions=np.where(rows.rollout.mask, 7, -1))
+    chosen = [(injection.Candidate(2, 1, 1, Perturbed(ids("#13"), 0, 0)), np.zeros(LENGTH))]
+    rollout, _ = injection.overwrite(sampled, chosen)
     assert rollout.mask[2].sum() == 4 and not rollout.mask[2, 8:].any() and not rollout.tokens[2, 8:].any()
+    assert (rollout.versions[2] == -1).all(), "no version of the weights sampled it"
     untouched = [0, 1, 3]
-    for new, old in zip(rollout, rows.rollout, strict=True):
-        np.testing.assert_array_equal(jax.tree.leaves(new)[0][untouched], jax.tree.leaves(old)[0][untouched])
+    for new, old in zip(rollout, sampled, strict=True):
+        np.testing.assert_array_equal(new[untouched], old[untouched])
+    assert injection.overwrite(rows.rollout, chosen)[0].versions is None

@@ -1,6 +1,7 @@
 """The `judge` section: a finished critic becomes the source of channel "flawed"; what is no critic is named."""
 
 import json
+import threading
 
 import jax
 import numpy as np
@@ -46,6 +47,18 @@ def test_the_trained_critic_judges_the_right_rows(critic):
         "judge_precision",
         "judge_recall",
     }
+
+
+def test_any_thread_may_ask_the_judge(critic):
+    """A reward server asks from a new thread for each batch, outside the mesh of the main one."""
+    run, got = build.setup(judged_by(critic)), []
+    thread = threading.Thread(target=lambda: got.append(run.task.score(ROWS, [CLEAN, WRONG])))
+    thread.start()
+    thread.join()
+    with jax.set_mesh(run.mesh):
+        want, errors = run.task.score(ROWS, [CLEAN, WRONG])
+    assert got[0][1] == errors
+    jax.tree.map(np.testing.assert_array_equal, got[0][0], want)
 
 
 def test_parameters_are_those_of_the_checkpoint(critic):

@@ -41,7 +41,8 @@ def fake_engine(calls):
         numbers = -tokens.astype(np.float32) * mask
         rows = len(tokens)
         source, truncated = np.zeros(rows, np.int32), np.zeros(rows, bool)
-        return Rollout(tokens, mask, numbers, numbers, np.ones(rows, np.int32), truncated, source)
+        versions = np.where(mask, tokens, -1)
+        return Rollout(tokens, mask, numbers, numbers, np.ones(rows, np.int32), truncated, source, versions)
 
     return Engine(load=lambda params, version: params, generate=generate)
 
@@ -267,6 +268,13 @@ def test_concatenate_undoes_a_split():
     np.testing.assert_array_equal(joined.scores["correct"], whole.scores["correct"])
     assert joined.sampled_rows == 3 * whole.sampled_rows and len(joined.errors) == 3
     assert joined.seconds["sample"] == pytest.approx(3 * whole.seconds["sample"])
+
+
+def test_an_engine_that_tells_no_versions_is_collected_too():
+    whole = run(batches_of("ABCD"), fake_task(mixed))
+    silent = whole._replace(rollout=whole.rollout._replace(versions=None))
+    joined = collect.concatenate([collect.select(silent, groups, GROUP) for groups in ([2], [0, 1])])
+    assert ids(joined) == "CAB" and joined.rollout.versions is None
 
 
 def test_decode_reads_the_mask_and_nothing_else():

@@ -1,0 +1,191 @@
+"""What a rollout server on the other end of a loopback connection costs, and what asynchrony gives.
+
+    python -m launch.benchmark_remote
+    python -m launch.benchmark_remote --cases=generate,streams --rounds=9
+
+Cases; all of them with one JAX server in a process of its own, on the same machine:
+generate   the same batch sampled by the engine inside this process and by the server, in turn: what gRPC costs
+streams    the same prompts as one request and as 100 requests at a time
+weights    seconds and bytes of a new version of --preset, whole and as a delta after an AdamW update in bfloat16
+staleness  a training run of the quick start with staleness 0 and 1, in turn; trainer and server share the cores
+
+Seconds are medians over the rounds, without the first. CPU time is shared by both ends, so `generate` is an upper bound
+for a server on its own machine.
+"""
+
+import contextlib
+import dataclasses
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import optax
+from absl import app, flags
+
+from configs import quickstart
+from launch import build, cli, train, train_with_servers
+from tapojax import policy
+from tapojax.models import config_json, decoder, presets
+from tapojax.rollout import delivery, local, remote
+from tapojax.types import Prompts, Sampling
+
+CASES = flags.DEFINE_list("cases", ["generate", "streams", "weights", "staleness"], "which, in this order")
+ROUNDS = flags.DEFINE_integer("rounds", 7, "counted", lower_bound=1)
+PRESET = flags.DEFINE_string("preset", "qwen2.5-0.5b", "whose shapes the case weights takes")
+LAYERS = flags.DEFINE_integer("layers", 4, "of it", lower_bound=1)
+LEARNING_RATE = flags.DEFINE_float("learning_rate", 1e-6, "of the update before the delta")
+STEPS = flags.DEFINE_integer("steps", 12, "of a run of the case staleness", lower_bound=3)
+
+
+@contextlib.contextmanager
+def served(model, *, max_prompt_tokens: int, max_tokens: int) -> Iterator[str]:
+    """The address of a JAX server for the model."""
+    with tempfile.TemporaryDirectory() as folder:
+        config_json.write_config(model, folder)
+        command = [sys.executable, "-m", "launch.serve_rollouts", "--engine=jax", f"--model={folder}", "--port=0"]
+        command += [f"--max_prompt_tokens={max_prompt_tokens}", f"--max_tokens={max_tokens}", "--dtype=float32"]
+        with train_with_servers.servers(command, 1, Path(folder)) as servers:
+            yield servers[0].address
+
+
+def connected(address: str, model, **options):
+    score = policy.make_score(model, max_scored=delivery.PROBE_TOKENS)
+    return remote.remote_engine(
+        [address],
+        model,
+        max_prompt_tokens=32,
+        probe=lambda *args: score(*args).logprobs,
+        options=remote.Options(**{"weights_dtype": "float32"} | options),
+    )
+
+
+def in_turn(jobs: Mapping[str, Callable[..., object]]) -> dict[str, float]:
+    """Median seconds of each, run one after the other in every round."""
+    seconds: dict[str, list[float]] = {name: [] for name in jobs}
+    for round_number in range(ROUNDS.value + 1):
+        for name, job in jobs.items():
+            started = time.perf_counter()
+            job()
+            if round_number:
+                seconds[name].append(time.perf_counter() - started)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def generation():
+    """The model and the batch of the cases generate and streams: 100 prompts of 32, 4 completions of 128 tokens."""
+    model = dataclasses.replace(presets.PRESETS["gym-medium"], vocab_size=4096)
+    params = decoder.init(model, jax.random.key(0))
+    prompts = Prompts([{"id": str(i)} for i in range(100)], [[5 + (i + j) % 50 for j in range(32)] for i in range(100)])
+    how = dict(group_size=4, sampling=Sampling(128))
+    return model, params, prompts, how
+
+
+def generate():
+    model, params, prompts, how = generation()
+    here = local.local_engine(model, max_prompt_tokens=32)
+    with served(model, max_prompt_tokens=32, max_tokens=128) as address:
+        there = connected(address, model)
+        weights = {"in process": (here, here.load(params, 0)), "over gRPC": (there, there.load(params, 0))}
+        key = jax.random.key(1)
+        jobs = {name: (lambda e=e, w=w: e.generate(w, prompts, key, **how)) for name, (e, w) in weights.items()}
+        seconds = in_turn(jobs)
+        there.close()
+    share = seconds["over gRPC"] / seconds["in process"] - 1
+    print(f"generate  {seconds['in process']:.3f} s in process, {seconds['over gRPC']:.3f} s over gRPC: {share:+.1%}")
+
+
+def streams():
+    model, params, prompts, how = generation()
+    how = how | {"sampling": Sampling(1)}  # sampling is next to nothing, so that the wire is what is timed
+    with served(model, max_prompt_tokens=32, max_tokens=128) as address:
+        engines = {
+            "one request": connected(address, model),
+            "100 requests": connected(address, model, prompts_per_request=1, requests_per_server=100),
+        }
+        jobs = {}
+        for name, engine in engines.items():
+            weights = engine.load(params, 0)
+            jobs[name] = lambda e=engine, w=weights: e.generate(w, prompts, jax.random.key(1), **how)
+        # one server has the weights of one trainer: each engine is measured by itself
+        seconds = {name: in_turn({name: job})[name] for name, job in jobs.items()}
+        for engine in engines.values():
+            engine.close()
+    each = (seconds["100 requests"] - seconds["one request"]) / 100 * 1000
+    print(
+        f"streams   {seconds['one request']:.3f} s as one request, {seconds['100 requests']:.3f} s as 100 at a time "
+        f"({each:.1f} ms a request)"
+    )
+
+
+def weights():
+    preset = presets.PRESETS[PRESET.value]
+    model = dataclasses.replace(preset, num_layers=LAYERS.value, initializer_range=0.02)
+    params = decoder.init(model, jax.random.key(0))
+    optimizer = optax.adamw(LEARNING_RATE.value, weight_decay=0.0)
+    with served(model, max_prompt_tokens=32, max_tokens=32) as address:
+        engine = connected(address, model, weights_dtype="bfloat16", probe_tolerance=float("inf"))
+        started = time.perf_counter()
+        engine.load(params, 0)
+        whole, size = time.perf_counter() - started, 2 * sum(leaf.size for leaf in jax.tree.leaves(params))
+        state, seconds, changed = optimizer.init(params), [], 0.0
+        for version in range(1, ROUNDS.value + 1):
+            noise = jax.random.split(jax.random.key(version), len(jax.tree.leaves(params)))
+            keys = jax.tree.unflatten(jax.tree.structure(params), list(noise))
+            gradient = jax.tree.map(lambda x, k: jax.random.normal(k, x.shape), params, keys)
+            updates, state = optimizer.update(gradient, state, params)
+            new = optax.apply_updates(params, updates)
+            pairs = zip(jax.tree.leaves(params), jax.tree.leaves(new), strict=True)
+            changed = sum(float(jnp.sum(a.astype("bfloat16") != b.astype("bfloat16"))) for a, b in pairs) / (size / 2)
+            params = new
+            started = time.perf_counter()
+            engine.load(params, version)
+            seconds.append(time.perf_counter() - started)
+        engine.close()
+    delta = statistics.median(seconds)
+    print(
+        f"weights   {size / 1e9:.3f} GB whole in {whole:.2f} s ({size / 1e9 / whole:.2f} GB/s, compilation and swap "
+        f"included); after an update at {LEARNING_RATE.value:g} {changed:.2%} of the elements differ: {delta:.2f} s"
+    )
+
+
+def staleness():
+    """A step is timed as the difference between runs of --steps and of 2 steps."""
+    config = quickstart.get_config()
+    config.evaluation.every, config.sft.updates, config.task.evaluation_size = 0, 20, 64
+    config.rollout.weights_dtype, config.train.correction = "float32", "token"
+    model = build.model(config.model, build.task(config).tokenizer)
+    budgets = {key: config.sampling[key] for key in ("max_prompt_tokens", "max_tokens")}
+
+    def run(lag: int, steps: int) -> float:
+        config.asynchrony.staleness, config.steps = lag, steps
+        started = time.perf_counter()
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
+            train.train(config, Path(folder))
+        return time.perf_counter() - started
+
+    seconds: dict[int, list[float]] = {0: [], 1: []}
+    with served(model, **budgets) as address:
+        config.rollout.addresses = (address,)
+        for round_number in range(ROUNDS.value + 1):
+            for lag, values in seconds.items():
+                step = (run(lag, STEPS.value) - run(lag, 2)) / (STEPS.value - 2)
+                if round_number:
+                    values.append(step)
+    strict, ahead = (statistics.median(values) for values in seconds.values())
+    print(f"staleness {strict:.3f} s a step with staleness 0, {ahead:.3f} s with 1: {strict / ahead:.2f} times as fast")
+
+
+def main(argv):
+    del argv
+    cli.cache_compilations()
+    for name in CASES.value:
+        {"generate": generate, "streams": streams, "weights": weights, "staleness": staleness}[name]()
+
+
+if __name__ == "__main__":
+    app.run(main)

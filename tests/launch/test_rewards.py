@@ -1,0 +1,137 @@
+"""Rewards from servers, as a user runs them: the same run, a clear word when something does not fit, a graceful end."""
+
+import json
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+
+import grpc
+import pytest
+
+from configs import fapo_gym, quickstart
+from launch import build, train
+from tapojax.rpc import tapojax_pb2 as pb
+from tests.rewards import servers
+
+COMMAND = ["-m", "launch.serve_rewards", "--config=configs/quickstart.py:quicktest", "--port=0"]
+
+
+@pytest.fixture(scope="module")
+def address():
+    with servers.process(COMMAND) as (_, where):
+        yield where
+
+
+def tiny():
+    """As few compiled programs as a run can have, and completions of every score."""
+    config = quickstart.get_config("quicktest")
+    config.steps, config.task.evaluation_size, config.log.tensorboard = 2, 16, False
+    config.sft.updates, config.sft.warmup_updates = 5, 2
+    return config
+
+
+def lines(workdir, name):
+    records = [json.loads(line) for line in (workdir / name).read_text().splitlines()]
+    return [{k: v for k, v in r.items() if not k.startswith(("seconds", "tokens_per_second"))} for r in records]
+
+
+def test_a_run_with_reward_servers_is_the_run_without(address, tmp_path):
+    here, there = tiny(), tiny()
+    there.reward.addresses = (address,)
+    train.train(here, tmp_path / "here")
+    train.train(there, tmp_path / "there")
+    for name in ("metrics.jsonl", "evaluations.jsonl", "rollouts.jsonl"):
+        assert lines(tmp_path / "there", name) == lines(tmp_path / "here", name), name
+    assert {"reward", "accuracy", "score_format"} <= lines(tmp_path / "here", "metrics.jsonl")[0].keys()
+
+
+def test_servers_of_another_task_stop_the_run(address):
+    config = quickstart.get_config()
+    config.reward.addresses = (address,)
+    assert build.setup(config).algorithm.needs == {"correct"}
+    with servers.served(servers.toy, task="files") as (one,):
+        config.reward.addresses = (one.address,)
+        with pytest.raises(ValueError, match="servers score the task 'files', this config has 'arithmetic'"):
+            build.setup(config)
+
+
+def test_a_channel_that_the_algorithm_needs_and_nobody_gives_stops_the_run():
+    config = fapo_gym.get_config()
+    with servers.served(servers.toy, task="arithmetic") as (one,):
+        config.reward.addresses = (one.address,)
+        with pytest.raises(ValueError, match=r"channels \['flawed'\], the reward servers give \['correct', 'length'\]"):
+            build.setup(config)
+        config.judge.workdir = "a critic in this process gives it"
+        build.check_rewards(config, build.algorithm(config, None))
+
+
+def test_servers_that_are_not_there_stop_the_run():
+    config = quickstart.get_config()
+    config.reward.addresses = ("127.0.0.1:1",)
+    with pytest.raises(
+        ConnectionError, match="127.0.0.1:1: UNAVAILABLE.*start them with python -m launch.serve_rewards"
+    ):
+        build.setup(config)
+
+
+def test_each_key_of_the_section_acts(address, tmp_path):
+    (tmp_path / "token").write_text("secret")
+    config = quickstart.get_config()
+    config.reward.addresses = (address,)
+    for key, value, said in [
+        ("deadline_s", 0.0, "deadline_s"),
+        ("retries", -1, "retries"),
+        ("token_file", "/nowhere", "/nowhere"),
+        ("authority_file", str(tmp_path / "token"), "not a certificate"),
+        ("certificate_file", str(tmp_path / "token"), "give both or neither"),
+        ("key_file", str(tmp_path / "token"), "give both or neither"),
+    ]:
+        changed = config.copy_and_resolve_references()
+        changed.reward[key] = value
+        with pytest.raises(ValueError, match=said):
+            build.task(changed)
+
+
+def test_sigterm_lets_items_under_way_finish(tmp_path):
+    """One stream is open when the signal comes; what it still sends is scored, and the process ends with status 0."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        metrics = f"127.0.0.1:{free.getsockname()[1]}"
+    command = [*COMMAND, f"--metrics_port={metrics.rpartition(':')[2]}", "--drain_s=30"]
+    with open(tmp_path / "log", "w") as log, servers.process(command, stderr=log) as (popen, where):
+        with servers.stub(where) as calls:
+            waiting: queue.Queue = queue.Queue()
+            results = calls.Score(iter(waiting.get, None), timeout=60)
+            problem = json.dumps({"id": "a", "problem": "57+86?", "answer": "143"}).encode()
+            waiting.put(servers.item("0", problem, "7+6+0=13,5+8+1=14#143"))
+            first = next(results)
+            assert first.scores["correct"] == 1 and first.error == ""
+            with urllib.request.urlopen(f"http://{metrics}/metrics", timeout=10) as page:
+                assert b'tapojax_scored_items_total{outcome="scored"} 1.0' in page.read()
+            popen.send_signal(signal.SIGTERM)
+            servers.wait_until(lambda: '"draining"' in (tmp_path / "log").read_text())
+            with pytest.raises(grpc.RpcError):
+                calls.Describe(pb.DescribeRequest(), timeout=5)
+            for name in range(1, 20):
+                waiting.put(servers.item(str(name), problem, "#143"))
+            waiting.put(None)
+            assert sorted(int(r.id) for r in results) == list(range(1, 20))
+        assert popen.wait(60) == 0
+    events = [json.loads(line)["event"] for line in (tmp_path / "log").read_text().splitlines()]
+    assert events[0] == "listening" and "draining" in events, "the log is JSON, line by line"
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--host=0.0.0.0"], "--token_file=FILE --certificate_file=FILE --key_file=FILE"),
+        (["--host=1.2.3.4.5"], "1.2.3.4.5"),
+    ],
+)
+def test_a_server_that_cannot_start_says_why_in_one_line(options, says):
+    done = subprocess.run([sys.executable, *COMMAND, *options], cwd=servers.ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and says in done.stderr, done.stderr
+    assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith("error: ")
