@@ -43,10 +43,13 @@ EXTRAS = {
         "beartype>=0.22",
         "grpcio-tools==1.85.1",  # makes the stubs; a test compares them with those committed
         "hypothesis>=6.150",
+        "jsonschema>=4.23,<5",  # with the next one, reads the manifests of launch/cluster as a cluster would
+        "kubernetes-validate>=1.37,<2",
         "mypy>=1.19,<3",
         "pytest>=9",
         "pytest-cov>=7",
         "pytest-timeout>=2.4",
+        "pyyaml>=6,<7",
         "ruff>=0.15,<0.18",
     ],
 }

@@ -105,9 +105,10 @@ def train(config, workdir: Path) -> dict:
             stop_if_mismatched(history[0], step, config.mismatch)
             evaluate(step + 1, config, run, state.params, log, totals, source)
             if (step + 1) % config.checkpoint.every == 0 or step + 1 == config.steps:
-                ready = [recording.to_text(part) for part in source.idle()]
+                coming = source.idle()
                 with metrics.timed(totals, "checkpoint"):
-                    record = {"data": batches.get_state(), "seconds": totals, "memory": memory, "ready": ready}
+                    record = {"data": batches.get_state(), "seconds": totals, "memory": memory}
+                    record["ready"] = [recording.to_text(part) for part in coming]
                     checkpoint.save(manager, step + 1, state, record)
     totals["this_process"] = time.perf_counter() - started
     title = f"{config.algorithm.name} · {config.task.name} · seed {config.seed}"

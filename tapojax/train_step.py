@@ -57,7 +57,8 @@ def make_batch(
 
 def mismatch(batch: Batch) -> dict[str, Any]:
     """`correction.mismatch` of the sampled rows of a batch that has old log-probs."""
-    sampled = batch.mask & (batch.source == 0)[:, None]
+    assert batch.old_logprobs is not None and batch.source is not None
+    sampled = batch.mask & jnp.expand_dims(batch.source == 0, 1)
     return correction.mismatch(batch.old_logprobs, batch.behaviour_logprobs, sampled)
 
 

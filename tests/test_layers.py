@@ -87,7 +87,7 @@ def test_the_library_knows_no_flags_no_configs_and_no_launcher():
 
 
 def test_nobody_imports_torch_tensorflow_or_vllm():
-    """vLLM is a server in its own environment; only the two files of its engine may name it, and torch with it."""
+    """vLLM is a server in its own environment; only the files of its engine may name it, and torch."""
     engine = matching("tapojax/rollout/vllm_*.py")
 
     def allowed(file, name):

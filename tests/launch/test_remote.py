@@ -74,6 +74,22 @@ def test_a_server_killed_in_the_middle_costs_no_row(here, servers, tmp_path):
     assert ours == theirs
 
 
+def test_rows_that_come_scored_are_scored_like_here(here, tmp_path):
+    """The rollout server asks a reward server about each group before it sends it."""
+    rewards = [sys.executable, "-m", "launch.serve_rewards", "--config=configs/quickstart.py:quicktest", "--port=0"]
+    rollouts = [sys.executable, "-m", "launch.serve_rollouts", "--engine=jax", "--port=0"]
+    rollouts += ["--config=configs/quickstart.py:quicktest", "--tokenizer=gym"]
+    for folder in (one := tmp_path / "rewards", two := tmp_path / "rollouts"):
+        folder.mkdir()
+    with train_with_servers.servers(rewards, 1, one, environment=environment()) as (scorer,):
+        rollouts.append(f"--reward_addresses={scorer.address}")
+        with train_with_servers.servers(rollouts, 1, two, environment=environment()) as (sampler,):
+            workdir = tmp_path / "run"
+            done = test_train.run(workdir, *at(sampler.address), "--config.rollout.score_on_server=True")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert_same_run(workdir, here)
+
+
 @pytest.mark.parametrize(
     "arguments, said",
     [
