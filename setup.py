@@ -33,7 +33,7 @@ JUDGES = ["openai>=2,<3"]  # judges and teachers behind an OpenAI-compatible end
 EXTRAS = {
     "cuda": ["jax[cuda13]>=0.10,<0.13"],
     "tpu": ["jax[tpu]>=0.10,<0.13"],
-    "vllm": ["vllm>=0.32,<0.33"],  # for the rollout server's own environment; brings torch and CUDA
+    "vllm": ["vllm>=0.32,<0.34"],  # for the rollout server's own environment; brings torch and CUDA
     "notebooks": ["jupyterlab>=4", *NOTEBOOKS],
     "judges": JUDGES,
     "parity": ["torch==2.13.0"],  # comparisons with transformers; a CPU build is enough

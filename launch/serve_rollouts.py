@@ -77,10 +77,22 @@ async def serve(args: argparse.Namespace):
     stop_metrics = telemetry.serve_metrics(numbers, port=args.metrics_port)
     print(f"listening on {args.host}:{running.port}", flush=True)
     try:
-        await server.until_signal(running, seconds=args.drain_s)
+        await until_broken_or_told(servicer, running, args.drain_s)
     finally:
         await servicer.close()
         stop_metrics()
+
+
+async def until_broken_or_told(servicer: serving.Rollouts, running: server.Running, drain_s: float):
+    """Raises RuntimeError when the sampler cannot go on: whoever watches the process starts it anew."""
+    told = asyncio.create_task(server.until_signal(running, seconds=drain_s))
+    broken = asyncio.create_task(servicer.broken.wait())
+    await asyncio.wait([told, broken], return_when=asyncio.FIRST_COMPLETED)
+    if told.done():
+        return await told
+    told.cancel()
+    await running.drain(1.0)
+    raise RuntimeError("the weights could not be swapped and the sampler is broken: see the log above; start again")
 
 
 async def make_sampler(args: argparse.Namespace) -> Sampler:
@@ -136,7 +148,8 @@ def score_through(args: argparse.Namespace, secrets: security.Security):
 
     tokenizer = load_tokenizer(args.tokenizer or args.model)
     addresses = args.reward_addresses.split(",")
-    secrets = secrets._replace(certificate=None, key=None)  # a server's own certificate is not a client's
+    if secrets.authority is None:  # without it there is nothing to show one's certificate for
+        secrets = secrets._replace(certificate=None, key=None)
     score, channels = (
         remote.remote_score(addresses, security=secrets),
         remote.describe(addresses, security=secrets).channels,
@@ -170,5 +183,5 @@ if __name__ == "__main__":
     telemetry.log_json()
     try:
         asyncio.run(serve(parse(sys.argv[1:])))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         sys.exit(f"error: {error}")

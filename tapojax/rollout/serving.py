@@ -73,6 +73,7 @@ class Rollouts(pb_grpc.RolloutsServicer):
         self.server_id = uuid.uuid4().hex
         self.works: collections.OrderedDict[str, Work] = collections.OrderedDict()
         self.swapping = asyncio.Lock()
+        self.broken = asyncio.Event()  # a swap failed half way: only a new process helps
 
     # ---- sampling
 
@@ -228,7 +229,13 @@ class Rollouts(pb_grpc.RolloutsServicer):
         return self._status()
 
     async def _swap(self, version: int, tensors: Mapping[str, Tensor]):
-        await self.sampler.load(tensors, version)
+        try:
+            await self.sampler.load(tensors, version)
+        except ValueError:  # refused, and nothing has changed
+            raise
+        except Exception:
+            self.broken.set()
+            raise
         self.version, self.tensors, self.staged = version, tensors, None
         self.numbers.weight_version.set(version)
 

@@ -1,4 +1,4 @@
-"""The reward servers as a client sees them: which one to ask next, and which to leave alone until when.
+"""Servers of one kind as a client sees them: which one to ask next, and which to leave alone until when.
 
 A server begins outside. It is let in when its health check passes and what it says of itself is what the others said;
 a failure puts it outside again, for a pause that doubles from failure to failure, with jitter that keeps clients apart.
@@ -102,7 +102,7 @@ def give_back(fleet: Fleet, server: Server, load: int, *, failure: str | None):
         if failure is None:
             server.failures = 0
         elif server.trouble is None:  # once, not again for all that it was doing
-            _put_outside(server, failure)
+            _put_outside(fleet, server, failure)
 
 
 def check(fleet: Fleet) -> list[threading.Thread]:
@@ -120,11 +120,16 @@ def check(fleet: Fleet) -> list[threading.Thread]:
 
 def all_down(fleet: Fleet) -> str:
     """What is wrong with each."""
-    troubles = "; ".join(str(server.trouble) for server in fleet.servers)
+    troubles, what = "; ".join(str(server.trouble) for server in fleet.servers), kind(fleet)
     return (
-        f"none of the reward servers can be used ({troubles}): start them with python -m launch.serve_rewards, or "
-        "correct reward.addresses"
+        f"none of the {what} servers can be used ({troubles}): start them with python -m launch.serve_{what}s, or "
+        f"correct {what}.addresses"
     )
+
+
+def kind(fleet: Fleet) -> str:
+    """rollout or reward, as the config sections are called."""
+    return fleet.service.rpartition(".")[2].lower().removesuffix("s")
 
 
 def pause(failures: int) -> float:
@@ -142,14 +147,14 @@ def _check_one(fleet: Fleet, server: Server):
         said = _ask(fleet, server)
     except Exception as error:
         with fleet.lock:
-            return _put_outside(server, str(error))
+            return _put_outside(fleet, server, str(error))
     with fleet.lock:
         fleet.said = said if fleet.said is None else fleet.said
         server.said = said
         if said != fleet.said:
-            return _put_outside(server, f"{server.address} says {said}, the others say {fleet.said}")
+            return _put_outside(fleet, server, f"{server.address} says {said}, the others say {fleet.said}")
         server.trouble = None
-    LOG.info("reward server let in: %s", server.address)
+    LOG.info("%s server let in: %s", kind(fleet), server.address)
 
 
 def _ask(fleet: Fleet, server: Server) -> Any:
@@ -165,11 +170,11 @@ def leave_out(fleet: Fleet, server: Server, why: str):
     """Puts a server outside that failed at something else than its work."""
     with fleet.lock:
         if server.trouble is None:
-            _put_outside(server, why)
+            _put_outside(fleet, server, why)
 
 
-def _put_outside(server: Server, why: str):
+def _put_outside(fleet: Fleet, server: Server, why: str):
     if why != server.trouble:  # said once, not after each check
-        LOG.warning("reward server left out: %s", why)
+        LOG.warning("%s server left out: %s", kind(fleet), why)
     server.failures += 1
     server.trouble, server.ask_at = why, time.monotonic() + pause(server.failures)

@@ -113,4 +113,4 @@ def test_sigterm_drains_and_ends(servers):
 
 def test_a_run_without_its_servers_says_so(tmp_path):
     done = test_train.run(tmp_path / "run", *at("127.0.0.1:9"))
-    assert done.returncode == 1 and "none of the servers can be used: 127.0.0.1:9" in done.stderr
+    assert done.returncode == 1 and "none of the rollout servers can be used (127.0.0.1:9" in done.stderr

@@ -252,6 +252,8 @@ def test_a_failed_load_on_one_server_leaves_the_others_at_work(params):
         rollout = generate(engine, weights)
         check_rows(rollout, requests=2)
         assert (rollout.versions[rollout.mask] == 1).all(), "the failed server must not sample with version 0"
+        assert servers[0].servicer.broken.is_set(), "its process has to end"
+        assert not servers[1].servicer.broken.is_set()
 
 
 def test_weights_go_as_a_delta_and_arrive_exactly(params):

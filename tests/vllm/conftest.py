@@ -54,7 +54,7 @@ class Worker:
             cwd=ROOT,
         )
 
-    def scenario(self, name: str, *, timeout_s: float = 300, **arguments) -> Any:
+    def scenario(self, name: str, *, timeout_s: float = 550, **arguments) -> Any:
         assert self.process.stdin and self.process.stdout
         self.process.stdin.write(json.dumps({"scenario": name, **arguments}) + "\n")
         self.process.stdin.flush()

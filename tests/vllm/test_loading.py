@@ -71,10 +71,8 @@ def test_a_load_while_paused_stays_paused(worker, models):
 
 
 def test_requests_frozen_by_a_pause_carry_on_under_new_weights(worker, models):
-    worker.scenario("load", path=models[0].file, version=1)
-    said = worker.scenario("pause_running", path=models[1].file, **FLIGHT)
-    assert said["frozen"]
-    assert_split_at_spans({1: models[0], 6: models[1]}, said["groups"])
+    groups = worker.scenario("load_in_flight", before=models[0].file, after=models[1].file, paused=True, **FLIGHT)
+    assert_split_at_spans({1: models[0], 2: models[1]}, groups)
 
 
 @pytest.mark.parametrize("change", ["missing", "unexpected", "shape", "bytes"])
@@ -120,3 +118,8 @@ def test_another_family_is_loaded_too(trained_worker, tmp_path):
     other = conftest.Model(tmp_path / "other", conftest.QWEN3, 4)
     trained_worker.scenario("load", path=other.file, version=1)
     assert_sampled_by(other, trained_worker.scenario("generate", prompts=PROMPTS), 1)
+
+
+def test_when_vllms_process_dies_requests_fail(trained_worker):
+    """The last one: there is no engine after it."""
+    assert trained_worker.scenario("outlive_the_core", **FLIGHT) == ["EngineDeadError"] * 2

@@ -13,6 +13,7 @@ import sys
 import traceback
 from types import SimpleNamespace
 
+import psutil
 import safetensors
 import torch
 import transformers
@@ -22,7 +23,7 @@ from tapojax.rollout import vllm_engine, vllm_plugin
 from tapojax.rollout.sampler import Sampler, Tensor
 from tapojax.rpc import tapojax_pb2 as pb
 
-LIMIT_S = 120
+LIMIT_S = 500
 
 
 def request(*, prompts, **options) -> pb.GenerateRequest:
@@ -130,13 +131,21 @@ async def refuse_partial_file(sampler, path):
     raise AssertionError("not refused")
 
 
-async def load_in_flight(sampler, before, after, **options):
-    """Weights change under running requests; until at least one completion has tokens of both versions."""
+async def load_in_flight(sampler, before, after, paused=False, **options):
+    """Weights change under running requests; again until at least one completion has tokens of both versions.
+
+    With `paused`, requests are frozen by a pause first, and carry on after it.
+    """
     for attempt in range(8):
         await load(sampler, before, 1)
         running = asyncio.ensure_future(sampled(sampler, request(**options)))
         await asyncio.sleep(0.2 * (attempt + 1))
+        if paused:
+            await sampler.pause("keep")
         await load(sampler, after, 2)
+        if paused:
+            await asyncio.sleep(0.2)
+            await sampler.resume()
         groups = await running
         if any(len(sample["versions"]) == 2 for group in groups.values() for sample in group):
             return groups
@@ -154,24 +163,11 @@ async def load_while_paused(sampler, path, **options):
     return {"waiting": waiting, "groups": await running}
 
 
-async def pause_running(sampler, path, **options):
-    """Frozen in the middle, then new weights, then on: what `load_in_flight` does, in single steps."""
-    running = asyncio.ensure_future(sampled(sampler, request(**options)))
-    await asyncio.sleep(0.5)
-    await sampler.pause("keep")
-    await asyncio.sleep(0.5)
-    frozen = not running.done()
-    await load(sampler, path, 6)
-    await sampler.resume()
-    return {"frozen": frozen, "groups": await running}
-
-
 async def pause_wait(sampler, **options):
     running = asyncio.ensure_future(sampled(sampler, request(**options)))
     await asyncio.sleep(0.2)
     await asyncio.wait_for(sampler.pause("wait"), LIMIT_S)
-    await asyncio.sleep(0)
-    drained = not sampler.close.args[0].running
+    drained = all(task.done() for task in sampler.close.args[0].running)
     late = asyncio.ensure_future(sampled(sampler, request(**options)))
     await asyncio.sleep(0.3)
     waiting = not late.done()
@@ -247,6 +243,22 @@ async def fail_half_way(sampler, path, **options):
     del engine.llm.collective_rpc
     engine.broken = ""
     await sampler.resume()
+    return said
+
+
+async def outlive_the_core(sampler, **options):
+    """vLLM's own process dies under a request."""
+    running = asyncio.ensure_future(sampled(sampler, request(**options)))
+    await asyncio.sleep(0.5)
+    for process in psutil.Process().children(recursive=True):
+        if "EngineCore" in process.name() or "EngineCore" in " ".join(process.cmdline()):
+            process.kill()
+    said = []
+    for call in (running, sampled(sampler, request(**options))):
+        try:
+            await asyncio.wait_for(call, LIMIT_S)
+        except Exception as error:
+            said.append(type(error).__name__)
     return said
 
 
