@@ -6,10 +6,9 @@
 Cases; all of them with one JAX server in a process of its own, on the same machine:
 generate   the same batch sampled by the engine inside this process and by the server, in turn: what gRPC costs
 streams    the same prompts as one request and as 100 requests at a time
-weights    seconds and bytes of a new version of --preset, whole and as a delta after an AdamW update in bfloat16
 staleness  a training run of the quick start with staleness 0 and 1, in turn; trainer and server share the cores
 
-Seconds are medians over the rounds, without the first. CPU time is shared by both ends, so `generate` is an upper bound
+What the weights cost is the matter of launch.benchmark_weights. Seconds are medians over the rounds, without the first. CPU time is shared by both ends, so `generate` is an upper bound
 for a server on its own machine.
 """
 
@@ -23,8 +22,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
-import optax
 from absl import app, flags
 
 from configs import quickstart
@@ -34,11 +31,8 @@ from tapojax.models import config_json, decoder, presets
 from tapojax.rollout import delivery, local, remote
 from tapojax.types import Prompts, Sampling
 
-CASES = flags.DEFINE_list("cases", ["generate", "streams", "weights", "staleness"], "which, in this order")
+CASES = flags.DEFINE_list("cases", ["generate", "streams", "staleness"], "which, in this order")
 ROUNDS = flags.DEFINE_integer("rounds", 7, "counted", lower_bound=1)
-PRESET = flags.DEFINE_string("preset", "qwen2.5-0.5b", "whose shapes the case weights takes")
-LAYERS = flags.DEFINE_integer("layers", 4, "of it", lower_bound=1)
-LEARNING_RATE = flags.DEFINE_float("learning_rate", 1e-6, "of the update before the delta")
 STEPS = flags.DEFINE_integer("steps", 12, "of a run of the case staleness", lower_bound=3)
 
 
@@ -122,37 +116,6 @@ def streams():
     )
 
 
-def weights():
-    preset = presets.PRESETS[PRESET.value]
-    model = dataclasses.replace(preset, num_layers=LAYERS.value, initializer_range=0.02)
-    params = decoder.init(model, jax.random.key(0))
-    optimizer = optax.adamw(LEARNING_RATE.value, weight_decay=0.0)
-    with served(model, max_prompt_tokens=32, max_tokens=32) as address:
-        engine = connected(address, model, weights_dtype="bfloat16", probe_tolerance=float("inf"))
-        started = time.perf_counter()
-        engine.load(params, 0)
-        whole, size = time.perf_counter() - started, 2 * sum(leaf.size for leaf in jax.tree.leaves(params))
-        state, seconds, changed = optimizer.init(params), [], 0.0
-        for version in range(1, ROUNDS.value + 1):
-            noise = jax.random.split(jax.random.key(version), len(jax.tree.leaves(params)))
-            keys = jax.tree.unflatten(jax.tree.structure(params), list(noise))
-            gradient = jax.tree.map(lambda x, k: jax.random.normal(k, x.shape), params, keys)
-            updates, state = optimizer.update(gradient, state, params)
-            new = optax.apply_updates(params, updates)
-            pairs = zip(jax.tree.leaves(params), jax.tree.leaves(new), strict=True)
-            changed = sum(float(jnp.sum(a.astype("bfloat16") != b.astype("bfloat16"))) for a, b in pairs) / (size / 2)
-            params = new
-            started = time.perf_counter()
-            engine.load(params, version)
-            seconds.append(time.perf_counter() - started)
-        engine.close()
-    delta = statistics.median(seconds)
-    print(
-        f"weights   {size / 1e9:.3f} GB whole in {whole:.2f} s ({size / 1e9 / whole:.2f} GB/s, compilation and swap "
-        f"included); after an update at {LEARNING_RATE.value:g} {changed:.2%} of the elements differ: {delta:.2f} s"
-    )
-
-
 def staleness():
     """A step is timed as the difference between runs of --steps and of 2 steps."""
     config = quickstart.get_config()
@@ -184,7 +147,7 @@ def main(argv):
     del argv
     cli.cache_compilations()
     for name in CASES.value:
-        {"generate": generate, "streams": streams, "weights": weights, "staleness": staleness}[name]()
+        {"generate": generate, "streams": streams, "staleness": staleness}[name]()
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ def tiny(get_config=quickstart.get_config, **asynchrony):
     config.task.levels = config.task.evaluation_levels = (1,)
     config.sft.updates, config.sft.warmup_updates, config.sft.batch_size = 60, 5, 6
     config.evaluation.samples, config.evaluation.batch_prompts = 1, 8
-    config.log.tensorboard = False
+    config.log.tensorboard, config.optimizer.warmup_updates = False, 0
     config.asynchrony.update(asynchrony)
     if config.asynchrony.staleness:
         config.train.correction = "token"
