@@ -8,8 +8,8 @@ generate   the same batch sampled by the engine inside this process and by the s
 streams    the same prompts as one request and as 100 requests at a time
 staleness  a training run of the quick start with staleness 0 and 1, in turn; trainer and server share the cores
 
-What the weights cost is the matter of launch.benchmark_weights. Seconds are medians over the rounds, without the first. CPU time is shared by both ends, so `generate` is an upper bound
-for a server on its own machine.
+Seconds are medians over the rounds, without the first. CPU time is shared by both ends, so `generate` is an upper bound
+for a server on its own machine. What the weights cost is the matter of launch.benchmark_weights.
 """
 
 import contextlib

@@ -100,6 +100,8 @@ def mismatch(
 ) -> dict[str, Float[Array, ""]]:
     """How far trainer and sampler disagree on the tokens in the mask, in nats; all 0 for an empty mask.
 
+    What was sampled with filters or a temperature of the step's own differs by these, too.
+
     mismatch_max   max |λ|                     λ = old_logprobs - behaviour_logprobs
     mismatch_mean  mean |λ|
     mismatch_k3    mean of exp(λ) - 1 - λ, an estimate of KL(behaviour ‖ old) that is never negative; λ within ±20

@@ -129,6 +129,8 @@ def test_a_resumed_run_equals_the_straight_one(get_config, staleness, tmp_path):
     train.train(config, straight)
     kept = json.loads((straight / "checkpoints" / "2" / "record" / "metadata").read_text())["record"]["ready"]
     assert len(kept) == staleness
+    if config.algorithm.name == "tapo":
+        assert records(straight, "injections.jsonl"), "the test injects nothing"
     shutil.copytree(straight, resumed)
     shutil.rmtree(resumed / "checkpoints" / "4")
     train.train(config, resumed)
