@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import functools
 import json
-import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,8 +48,6 @@ def setup(config) -> Setup:
     mesh, problems = sharding.make_mesh(**config.mesh), task(config)
     decoder_config, algo = model(config.model, problems.tokenizer), algorithm(config, problems)
     check_rewards(config, algo)
-    correct = mismatch_correction(config.train, config.mismatch)
-    check_asynchrony(config, algo, correct)
     return Setup(
         mesh=mesh,
         task=problems,
@@ -74,7 +71,7 @@ def setup(config) -> Setup:
             temperature=config.sampling.temperature,
             max_logit_bytes=config.train.max_logit_bytes,
         ),
-        correct=correct,
+        correct=mismatch_correction(config.train, config.mismatch),
     )
 
 
@@ -140,7 +137,7 @@ def judge(config) -> judged.Judge:
         raise ValueError(f"judge.workdir={str(workdir)!r} is a run of the task {its.task.name!r}, not of 'critiques'")
     its.mesh = config.mesh
     its.rollout, its.reward = ConfigDict({"addresses": ()}), ConfigDict({"addresses": ()})  # it was trained by, once
-    its.asynchrony, its.mismatch = ConfigDict({"staleness": 0, "in_flight": False, "replay": ""}), config.mismatch
+    its.mismatch = config.mismatch  # it is not trained here
     run = setup(its)
     with jax.set_mesh(run.mesh):
         _, params = saved_params(run, workdir)
@@ -334,7 +331,7 @@ def mismatch_correction(train, mismatch) -> Callable[..., Any] | None:
     return lambda *rows: ratio(*rows) * kept(*rows)
 
 
-def check_asynchrony(config, algo: Algorithm, correct: Callable[..., Any] | None):
+def check_asynchrony(config, run: Setup):
     """What is trained must be able to lag, and what samples ahead must not start programs on the trainer's devices.
 
     Lagging rows are corrected as those of another implementation are, so a correction must be chosen (our choice).
@@ -342,7 +339,7 @@ def check_asynchrony(config, algo: Algorithm, correct: Callable[..., Any] | None
     Raises:
       ValueError: naming the key.
     """
-    section, devices = config.asynchrony, math.prod(config.mesh.values())
+    section, devices = config.asynchrony, run.mesh.size
     if section.replay:
         recording.read_schedule(Path(section.replay), config.steps)
         return
@@ -351,19 +348,19 @@ def check_asynchrony(config, algo: Algorithm, correct: Callable[..., Any] | None
             f"asynchrony.staleness={section.staleness}, asynchrony.in_flight={section.in_flight}: staleness is 0 or "
             "more, and in flight at least 1"
         )
-    if section.in_flight and not config.rollout.addresses:
+    if section.in_flight and run.engine.update is None:
         raise ValueError(
             "asynchrony.in_flight: the embedded sampler keeps its weights until a batch is done; name servers in "
             "rollout.addresses, or leave it off"
         )
-    if section.staleness and correct is None:
+    if section.staleness and run.correct is None:
         raise ValueError(
             f"asynchrony.staleness={section.staleness} would train on rows of older weights as if they were new: "
             "choose train.correction=token or sequence, or a mismatch.mask"
         )
     own_programs = {
         "the embedded sampler (name rollout.addresses)": not config.rollout.addresses,
-        f"{config.algorithm.name} scores the rows it injects and": algo.inject is not None,
+        f"{config.algorithm.name} scores the rows it injects and": run.algorithm.inject is not None,
         "the judge of judge.workdir": config.judge.workdir,
     }
     for what in [name for name, here in own_programs.items() if here and section.staleness and devices > 1]:

@@ -92,7 +92,7 @@ async def until_broken_or_told(servicer: serving.Rollouts, running: server.Runni
         return await told
     told.cancel()
     await running.drain(1.0)
-    raise RuntimeError("the weights could not be swapped and the sampler is broken: see the log above; start again")
+    raise RuntimeError("the sampler is broken, see the log above: start the server again")
 
 
 async def make_sampler(args: argparse.Namespace) -> Sampler:
@@ -101,7 +101,10 @@ async def make_sampler(args: argparse.Namespace) -> Sampler:
         return jax_sampler(args)
     if not args.model or args.config:
         raise ValueError("--engine=vllm takes --model=FOLDER, whose config.json says the architecture, and no --config")
-    from tapojax.rollout import vllm_engine
+    try:
+        from tapojax.rollout import vllm_engine
+    except ImportError as error:
+        raise ValueError(f"no vLLM here ({error}): make its environment with launch/make_vllm_env.sh") from error
 
     return await vllm_engine.vllm_sampler(
         model=args.model,

@@ -25,6 +25,7 @@ def train(config, workdir: Path) -> dict:
     """Runs a config to its end in `workdir` and returns the summary."""
     started, totals = time.perf_counter(), dict[str, float]()
     run = build.setup(config)
+    build.check_asynchrony(config, run)
     cli.write_config(config, workdir)
     with jax.set_mesh(run.mesh), contextlib.ExitStack() as stack:
         # ---- state: around the initial policy, or as the newest checkpoint has it

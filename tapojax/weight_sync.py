@@ -175,13 +175,6 @@ def stream(update: Update, *, chunk_bytes: int) -> Iterator[pb.WeightsChunk]:
         yield pb.WeightsChunk(end=end)
 
 
-def messages(
-    bits: Bits, previous: Bits | None = None, *, version: int, base_version: int = -1, chunk_bytes: int
-) -> Iterator[pb.WeightsChunk]:
-    """The messages that bring one server to `version`; for several, `encode` once and `stream` to each."""
-    return stream(encode(bits, previous, version=version, base_version=base_version), chunk_bytes=chunk_bytes)
-
-
 @contextlib.contextmanager
 def shared_folder(update: Update, root: safetensors_folder.PathLike) -> Iterator[Update]:
     """The same weights by way of a file system that trainer and servers share: an update without pieces, whose header

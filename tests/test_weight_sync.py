@@ -152,14 +152,6 @@ def test_several_versions_arrive_bit_for_bit(name, dtype):
         assert size < full / 10 if dtype == "bfloat16" else size <= full
 
 
-def test_messages_are_encode_and_stream():
-    one, two = (weight_sync.publish(random_params(TIED, seed=seed), TIED, "bfloat16") for seed in (0, 1))
-    for previous, base in ((None, -1), (one, 3)):
-        update = weight_sync.encode(two, previous, version=4, base_version=base)
-        direct = weight_sync.messages(two, previous, version=4, base_version=base, chunk_bytes=100)
-        assert list(direct) == list(weight_sync.stream(update, chunk_bytes=100))
-
-
 @pytest.mark.parametrize("chunk_bytes", [1, 7, 2000, 2**21])
 def test_chunks_hold_at_most_what_was_asked(chunk_bytes):
     bits = weight_sync.publish(random_params(TIED), TIED, "float32")

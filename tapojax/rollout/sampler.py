@@ -11,6 +11,10 @@ from typing import NamedTuple
 from tapojax.rpc import tapojax_pb2 as pb
 
 
+class Broken(RuntimeError):
+    """The sampler cannot go on: only a new process helps."""
+
+
 class Tensor(NamedTuple):
     """One tensor of the model in its Hugging Face name's layout; `data` is little-endian, in C order."""
 

@@ -73,7 +73,7 @@ class Rollouts(pb_grpc.RolloutsServicer):
         self.server_id = uuid.uuid4().hex
         self.works: collections.OrderedDict[str, Work] = collections.OrderedDict()
         self.swapping = asyncio.Lock()
-        self.broken = asyncio.Event()  # a swap failed half way: only a new process helps
+        self.broken = asyncio.Event()  # the sampler cannot go on: the process should end
 
     # ---- sampling
 
@@ -139,10 +139,11 @@ class Rollouts(pb_grpc.RolloutsServicer):
         scoring: set[asyncio.Task] = set()
         examples = {prompt.index: prompt.example for prompt in request.prompts}
         try:
-            async with contextlib.aclosing(self.sampler.generate(request)) as groups:
-                async for index, samples in groups:
-                    finish = self._finish(work, index, examples[index] if request.score else None, samples)
-                    scoring.add(asyncio.create_task(finish))
+            with self._watched():
+                async with contextlib.aclosing(self.sampler.generate(request)) as groups:
+                    async for index, samples in groups:
+                        finish = self._finish(work, index, examples[index] if request.score else None, samples)
+                        scoring.add(asyncio.create_task(finish))
             await asyncio.gather(*scoring)
         except asyncio.CancelledError:
             work.error = Refused(grpc.StatusCode.ABORTED, f"request {request.request_id!r} was aborted")
@@ -190,7 +191,8 @@ class Rollouts(pb_grpc.RolloutsServicer):
 
     async def Logprobs(self, request: pb.LogprobsRequest, context) -> pb.LogprobsReply:
         limits_module.check_logprobs(request, self.limits)
-        rows = await self.sampler.logprobs([list(row.tokens) for row in request.rows])
+        with self._watched():
+            rows = await self.sampler.logprobs([list(row.tokens) for row in request.rows])
         return pb.LogprobsReply(rows=[pb.Logprobs(logprobs=row) for row in rows], version=self.version)
 
     # ---- weights
@@ -229,15 +231,19 @@ class Rollouts(pb_grpc.RolloutsServicer):
         return self._status()
 
     async def _swap(self, version: int, tensors: Mapping[str, Tensor]):
-        try:
+        with self._watched():
             await self.sampler.load(tensors, version)
-        except ValueError:  # refused, and nothing has changed
-            raise
-        except Exception:
-            self.broken.set()
-            raise
         self.version, self.tensors, self.staged = version, tensors, None
         self.numbers.weight_version.set(version)
+
+    @contextlib.contextmanager
+    def _watched(self):
+        """Notices that the sampler is broken."""
+        try:
+            yield
+        except sampler_module.Broken:
+            self.broken.set()
+            raise
 
     # ---- control
 

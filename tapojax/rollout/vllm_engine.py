@@ -32,7 +32,7 @@ from vllm.platforms import current_platform
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from tapojax.rollout import vllm_plugin, vllm_requests
-from tapojax.rollout.sampler import Description, Sampler, Tensor
+from tapojax.rollout.sampler import Broken, Description, Sampler, Tensor
 
 VERSIONS = ("0.32", "0.33")
 FAMILIES = ("qwen2", "qwen3", "llama")
@@ -161,7 +161,7 @@ async def _swap(engine: vllm_requests.Engine, tensors: Mapping[str, Tensor], ver
                 engine.unpaused.set()
                 for task in engine.running:
                     task.cancel()
-                raise RuntimeError(engine.broken) from error
+                raise Broken(engine.broken) from error
 
 
 def _check_tensors(expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor]):
@@ -212,7 +212,7 @@ async def _resume(engine: vllm_requests.Engine):
 
 async def _close(engine: vllm_requests.Engine):
     await vllm_requests.end(list(engine.running))
-    await asyncio.to_thread(engine.llm.shutdown)
+    engine.llm.shutdown()  # not in a thread: its own listener would see the engine go and call that an error
 
 
 async def _answer(what: str, call: Awaitable[Any]) -> Any:

@@ -14,9 +14,10 @@ from vllm import RequestOutput, SamplingParams
 from vllm.exceptions import VLLMClientError
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
 
 from tapojax.rollout import vllm_plugin
-from tapojax.rollout.sampler import Description, Sample, Span
+from tapojax.rollout.sampler import Broken, Description, Sample, Span
 from tapojax.rpc import tapojax_pb2 as pb
 
 
@@ -148,11 +149,13 @@ async def _output(engine: Engine, tokens: list[int], params: SamplingParams) -> 
 
 @contextlib.contextmanager
 def _refusing():
-    """vLLM's own refusals are no ValueErrors."""
+    """vLLM's own errors, as a sampler's."""
     try:
         yield
     except VLLMClientError as error:
         raise ValueError(f"vLLM refuses the request: {error}") from error
+    except EngineDeadError as error:
+        raise Broken("vLLM's engine process has died; the log above says why") from error
 
 
 def _check_row(engine: Engine, tokens: Sequence[int], longest: int):
@@ -188,4 +191,4 @@ async def end(tasks: Sequence[asyncio.Future]):
 
 def check_whole(engine: Engine):
     if engine.broken:
-        raise RuntimeError(engine.broken)
+        raise Broken(engine.broken)

@@ -186,9 +186,8 @@ def test_in_flight_weights_reach_running_batches_and_replay_exactly(tmp_path, mo
     """An engine that takes new weights halfway. When they come is up to the clock; what came is recorded."""
     make_engine, newest, came = build.engine, [0], threading.Condition()
 
-    def engine(config, model):
-        config.rollout.addresses = ()
-        local = make_engine(config, model)
+    def engine(*args):
+        local = make_engine(*args)
 
         def update(params, version):
             with came:
@@ -214,7 +213,6 @@ def test_in_flight_weights_reach_running_batches_and_replay_exactly(tmp_path, mo
 
     monkeypatch.setattr(build, "engine", engine)
     config = tiny(staleness=2, in_flight=True, record=True)
-    config.rollout.addresses = ("somewhere:1",)
     config.checkpoint.every = 4
     first, second = tmp_path / "first", tmp_path / "second"
     train.train(config, first)
@@ -272,11 +270,12 @@ def test_what_cannot_work_is_refused_before_anything_is_compiled(keys, said):
     config = quickstart.get_config()
     with config.unlocked():
         config.update_from_flattened_dict(keys)
+    run = build.setup(config)
     with pytest.raises(ValueError, match=said):
-        build.setup(config)
+        build.check_asynchrony(config, run)
 
 
 def test_rejection_alone_is_a_correction_of_stale_rows():
     config = quickstart.get_config()
     config.asynchrony.staleness, config.mismatch.mask = 1, 0.1
-    assert build.setup(config).correct is not None
+    build.check_asynchrony(config, build.setup(config))

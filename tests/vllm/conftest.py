@@ -72,7 +72,7 @@ class Worker:
         assert self.process.stdin
         self.process.stdin.close()
         try:
-            self.process.wait(60)
+            self.process.wait(200)
         finally:
             self.process.kill()
             self.log.close()

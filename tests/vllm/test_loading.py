@@ -1,8 +1,13 @@
 """Weights: what is sampled after a load is the new model's, under running requests too, and nothing less is loaded."""
 
+import copy
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tapojax.models import huggingface
 from tests.vllm import conftest, reference
 
 LONG_PROMPT = [(7 * i) % 51 for i in range(150)]  # longer than a block of the prefix cache, 128 tokens on CPU
@@ -44,6 +49,15 @@ def test_every_load_changes_all_that_is_computed(worker, models):
         (got,) = worker.scenario("logprobs", rows=[LONG_PROMPT])
         want = reference.of_tokens(reference.logits(model, LONG_PROMPT), LONG_PROMPT[1:])
         np.testing.assert_allclose(got, want, atol=reference.TOLERANCE)
+
+
+def test_bfloat16_tensors(worker, models, tmp_path):
+    """What a trainer sends as bfloat16 is sampled from as these very numbers."""
+    rounded = copy.copy(models[1])
+    rounded.params = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), models[1].params)
+    huggingface.save_params(tmp_path / "half", models[1].params, models[1].config, dtype="bfloat16")
+    worker.scenario("load", path=str(tmp_path / "half" / "model.safetensors"), version=4)
+    assert_sampled_by(rounded, worker.scenario("generate", prompts=PROMPTS), 4)
 
 
 def test_weights_that_change_under_running_requests(worker, models):
