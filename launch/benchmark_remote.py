@@ -13,7 +13,7 @@ for a server on its own machine. What the weights cost is the matter of launch.b
 """
 
 import contextlib
-import dataclasses
+import signal
 import statistics
 import sys
 import tempfile
@@ -71,18 +71,18 @@ def in_turn(jobs: Mapping[str, Callable[..., object]]) -> dict[str, float]:
 
 
 def generation():
-    """The model and the batch of the cases generate and streams: 100 prompts of 32, 4 completions of 128 tokens."""
-    model = dataclasses.replace(presets.PRESETS["gym-medium"], vocab_size=4096)
-    params = decoder.init(model, jax.random.key(0))
-    prompts = Prompts([{"id": str(i)} for i in range(100)], [[5 + (i + j) % 50 for j in range(32)] for i in range(100)])
-    how = dict(group_size=4, sampling=Sampling(128))
+    """The model and the batch of the cases generate and streams: 100 prompts of 32, 2 completions of 64 tokens."""
+    model = presets.PRESETS["gym-medium"]
+    params = jax.jit(lambda: decoder.init(model, jax.random.key(0)))()
+    prompts = Prompts([{"id": str(i)} for i in range(100)], [[2 + (i + j) % 49 for j in range(32)] for i in range(100)])
+    how = dict(group_size=2, sampling=Sampling(64))
     return model, params, prompts, how
 
 
 def generate():
     model, params, prompts, how = generation()
     here = local.local_engine(model, max_prompt_tokens=32)
-    with served(model, max_prompt_tokens=32, max_tokens=128) as address:
+    with served(model, max_prompt_tokens=32, max_tokens=64) as address:
         there = connected(address, model)
         weights = {"in process": (here, here.load(params, 0)), "over gRPC": (there, there.load(params, 0))}
         key = jax.random.key(1)
@@ -96,7 +96,7 @@ def generate():
 def streams():
     model, params, prompts, how = generation()
     how = how | {"sampling": Sampling(1)}  # sampling is next to nothing, so that the wire is what is timed
-    with served(model, max_prompt_tokens=32, max_tokens=128) as address:
+    with served(model, max_prompt_tokens=32, max_tokens=64) as address:
         engines = {
             "one request": connected(address, model),
             "100 requests": connected(address, model, prompts_per_request=1, requests_per_server=100),
@@ -145,6 +145,7 @@ def staleness():
 
 def main(argv):
     del argv
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers are ended
     cli.cache_compilations()
     for name in CASES.value:
         {"generate": generate, "streams": streams, "staleness": staleness}[name]()

@@ -29,6 +29,7 @@ OPTIONS = flags.DEFINE_multi_string("server_option", [], "passed on to launch.se
 
 
 def main():
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers are ended
     config, workdir = cli.checked_config(), cli.workdir()
     model = write_model(config, workdir)
     with servers(server_command(config, model), SERVERS.value, workdir, gpus=GPUS.value) as started:
