@@ -15,6 +15,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent import futures
 from concurrent.futures import Future
 from typing import Any, NamedTuple
 
@@ -108,7 +109,7 @@ def ahead(
             if future.done():
                 future.result()
         started = time.perf_counter()
-        part = waiting.popleft().result()
+        part = _awaited(waiting.popleft())
         check_versions(part, newest=step if in_flight else part.version)
         return part._replace(seconds={**part.seconds, "wait": time.perf_counter() - started})
 
@@ -116,11 +117,18 @@ def ahead(
     thread = threading.Thread(target=_work, args=(collect, orders, over), name="rollouts", daemon=True)
     thread.start()
     try:
-        yield Source(next_batch, lambda: [future.result() for future in waiting])
+        yield Source(next_batch, lambda: [_awaited(future) for future in waiting])
     finally:
         over.set()
         orders.put(None)
         thread.join(PATIENCE_SECONDS)
+
+
+def _awaited(future: Future) -> Collected:
+    """Its result. Python sees a Ctrl-C that another thread's system call took only when this one wakes up."""
+    while not future.done():
+        futures.wait([future], timeout=1.0)
+    return future.result()
 
 
 def _done(part: Collected) -> Future:
