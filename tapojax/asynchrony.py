@@ -124,7 +124,7 @@ def ahead(
         thread.join(PATIENCE_SECONDS)
 
 
-def _awaited(future: Future) -> Collected:
+def _awaited(future: Future) -> Any:
     """Its result. Python sees a Ctrl-C that another thread's system call took only when this one wakes up."""
     while not future.done():
         futures.wait([future], timeout=1.0)
