@@ -334,3 +334,10 @@ def test_precision():
     with jax.enable_x64(True):
         assert entropy.signal(jnp.asarray(entropies, jnp.float64), mask)[0].dtype == jnp.float64
         assert entropy.signal(jnp.asarray(entropies, jnp.float32), mask)[0].dtype == jnp.float32
+
+
+def test_the_value_for_an_algorithms_slot_takes_entropies_at_the_base_temperature():
+    logits = jnp.array([[2.0, -1.0, 0.5], [0.1, 0.0, 0.2]])
+    stats = entropy.EntropyStats(*(jnp.float32(x) for x in (-0.5, 0.4, 0.7, 0.9)))
+    want = entropy.adaptive_temperature(logits / 0.7, stats, base=0.7, strength=0.3)
+    np.testing.assert_array_equal(entropy.AdaptiveTemperature(0.7, 0.3)(logits, stats), want)
