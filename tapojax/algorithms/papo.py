@@ -7,32 +7,12 @@ without one (NaN) has its outcome advantage only, where the published code reads
 Paper and code disagree: clip_high 0.2 (paper), 0.28 (code, here); mean over rows (paper), over tokens (code, here).
 """
 
-from operator import itemgetter
 from typing import Any
-
-import jax.numpy as jnp
 
 from tapojax import advantages
 from tapojax.algorithms.dapo import dapo
+from tapojax.algorithms.papo_signals import SIGNALS, WEIGHTED
 from tapojax.types import Algorithm
-
-
-def _product(scores):
-    return scores["correct"] * jnp.where(scores["correct"] == 0, 0, scores["process"])
-
-
-def _reward_alone(rewards, process, correct, group_size, *, process_weight):
-    return advantages.group_normalize(rewards, group_size)
-
-
-# what is rewarded, and how advantages are made of it and the process score
-SIGNALS: dict[str, Any] = {
-    "decoupled": (itemgetter("correct"), advantages.decoupled),
-    "full_norm": (itemgetter("correct"), advantages.full_norm),
-    "outcome": (itemgetter("correct"), _reward_alone),
-    "process": (itemgetter("process"), _reward_alone),
-    "multiplicative": (_product, _reward_alone),
-}
 
 
 def papo(
@@ -44,10 +24,8 @@ def papo(
     clip_low: float = 0.2,
     clip_high: float = 0.28,
     dual_clip: float = 3.0,
-    dynamic_sampling: bool = False,
     token_mean: bool = True,
     overlong_buffer: int = 0,
-    overlong_factor: float = 1.0,
 ) -> Algorithm:
     """Neutral: process_weight = 0, or signal = "outcome". The other signals are the paper's ablations: "process" and
     "multiplicative" reward process and correct · process, of "full_norm" see `advantages`.
@@ -58,11 +36,10 @@ def papo(
     if signal not in SIGNALS:
         raise ValueError(f"signal={signal!r}: choose one of {[*SIGNALS]}")
     reward, estimator = SIGNALS[signal]
-    if estimator is _reward_alone and process_weight != 1.0:
+    if signal not in WEIGHTED and process_weight != 1.0:
         raise ValueError(f"process_weight={process_weight} is not read by signal={signal!r}: leave it out")
-    clip: dict[str, Any] = dict(clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip)
-    knobs = clip | dict(token_mean=token_mean, overlong_buffer=overlong_buffer, overlong_factor=overlong_factor)
-    parent = dapo(group_size=group_size, max_tokens=max_tokens, dynamic_sampling=dynamic_sampling, **knobs)
+    knobs: dict[str, Any] = dict(clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip, token_mean=token_mean)
+    parent = dapo(group_size=group_size, max_tokens=max_tokens, overlong_buffer=overlong_buffer, **knobs)
 
     def rewards(scores, rollout, step):
         return parent.rewards({**scores, "correct": reward(scores)}, rollout, step)
@@ -71,4 +48,5 @@ def papo(
         values = estimator(rewards, scores["process"], scores["correct"], group_size, process_weight=process_weight)
         return advantages.per_token(values, rollout.mask)
 
-    return parent._replace(needs=parent.needs | {"process"}, rewards=rewards, advantages=advantage)
+    needs = parent.needs | {"process"}
+    return parent._replace(needs=needs, keep=None, rewards=rewards, advantages=advantage)

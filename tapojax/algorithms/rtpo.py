@@ -8,11 +8,11 @@ token ids, rewards read the completion alone, and without a hint the prompt is t
 Differs from DAPO without dynamic sampling: the prompts.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 from tapojax import schedules
 from tapojax.algorithms.dapo import dapo
+from tapojax.rewards import surgery
 from tapojax.types import Algorithm, Task
 
 
@@ -26,8 +26,8 @@ def rtpo(
     direction: str = "down",
     anneal: float = 0.8,
     rate: float = 5.0,
-    milestones: Sequence[float] = (0.3, 0.6, 0.9),
-    values: Sequence[float] = (0.2, 0.5, 0.8, 1.0),
+    milestones: tuple[float, ...] = (0.3, 0.6, 0.9),
+    values: tuple[float, ...] = (0.2, 0.5, 0.8, 1.0),
     value: float = 0.0,
     closed_turn: bool = False,
     clip_low: float = 0.2,
@@ -58,12 +58,9 @@ def rtpo(
     def hinted(example, tokens, share):
         if (solution := solve(example)) is None:
             raise ValueError(f"{example['id']!r} has no worked solution: set task.solution_key, or leave such rows out")
-        hint = task.tokenizer.encode(solution[0], add_special_tokens=False)
-        hint = hint[: schedules.kept_tokens(share, len(hint))]
-        while hint and task.tokenizer.decode(hint).endswith("\ufffd"):  # the cut fell inside a character
-            hint = hint[:-1]
+        whole = task.tokenizer.encode(solution[0], add_special_tokens=False)
+        hint = surgery.whole_characters(task.tokenizer, whole[: schedules.kept_tokens(share, len(whole))])
         return place(example, hint) if hint else tokens
 
-    rest: dict[str, Any] = dict(clip_low=clip_low, clip_high=clip_high, dynamic_sampling=False)
-    parent = dapo(group_size=group_size, max_tokens=max_tokens, **rest)
-    return parent._replace(prompts=prompts, diagnostics=lambda *given: {"hint_fraction": fraction(given[-1])})
+    parent = dapo(group_size=group_size, max_tokens=max_tokens, clip_low=clip_low, clip_high=clip_high)
+    return parent._replace(keep=None, prompts=prompts, diagnostics=lambda *args: {"hint_fraction": fraction(args[-1])})

@@ -8,7 +8,7 @@ import pytest
 
 from launch import sections
 from tapojax import advantages, entropy, losses, shaping, weights
-from tapojax.algorithms import ALGORITHMS, papo
+from tapojax.algorithms import ALGORITHMS, papo_signals
 from tapojax.tasks.arithmetic import arithmetic
 from tests.algorithms import checks
 
@@ -16,7 +16,7 @@ TASK = arithmetic(seed=0, max_prompt_tokens=8)
 KNOBS = {
     "grpo": [{}, {"kl_coef": 0.1, "dual_clip": 3.0}],
     "dapo": [{}, {"overlong_buffer": 4}],
-    "papo": [{}, {"overlong_buffer": 4}, *({"signal": name} for name in papo.SIGNALS if name != "decoupled")],
+    "papo": [{}, {"overlong_buffer": 4}, *({"signal": name} for name in papo_signals.SIGNALS if name != "decoupled")],
     "fapo": [{}, {"flaw_penalty": 0.5}],
     "hapo": [{}, {"signed": False}],
     "archer": [{}, {"low_entropy_kl": 0.0}],

@@ -155,6 +155,7 @@ def config_of(module: str, *arguments: str) -> dict:
     """The config of a command, by the flags of its own module alone; a trainer's is checked as at its start."""
     code = f"""
 import sys
+from types import SimpleNamespace
 from absl import flags
 from launch import build, cli, {module.removeprefix("launch.")}
 flags.FLAGS(sys.argv)
@@ -162,7 +163,12 @@ config = cli.checked_config()
 if {module == "launch.train"}:
     build.check_rows(config)
     correct = build.mismatch_correction(config.train, config.mismatch)
-    build.check_asynchrony(config, build.algorithm(config, None), correct)
+    devices = config.mesh.data * config.mesh.fsdp * config.mesh.tensor
+    run = SimpleNamespace(
+        mesh=SimpleNamespace(size=devices), engine=SimpleNamespace(update=config.rollout.addresses or None),
+        correct=correct, algorithm=build.algorithm(config, None),
+    )
+    build.check_asynchrony(config, run)
 print(config.to_json())
 """
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
