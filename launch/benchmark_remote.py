@@ -4,7 +4,8 @@
     python -m launch.benchmark_remote --cases=generate,streams --rounds=9
 
 Cases; all of them with one JAX server in a process of its own, on the same machine:
-generate   the same batch sampled by the engine inside this process and by the server, in turn: what gRPC costs
+generate   the same batch sampled by the engine inside this process and by the server, in turn: what gRPC costs. Two
+           processes sample at speeds some per cent apart, so the time outside the server's sampler is told by itself
 streams    the same prompts as one request and as 100 requests at a time
 staleness  a training run of the quick start with staleness 0 and 1, in turn; trainer and server share the cores
 
@@ -14,10 +15,12 @@ for a server on its own machine. What the weights cost is the matter of launch.b
 
 import contextlib
 import signal
+import socket
 import statistics
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -37,12 +40,13 @@ STEPS = flags.DEFINE_integer("steps", 12, "of a run of the case staleness", lowe
 
 
 @contextlib.contextmanager
-def served(model, *, max_prompt_tokens: int, max_tokens: int) -> Iterator[str]:
+def served(model, *, max_prompt_tokens: int, max_tokens: int, metrics_port: int = 0) -> Iterator[str]:
     """The address of a JAX server for the model."""
     with tempfile.TemporaryDirectory() as folder:
         config_json.write_config(model, folder)
         command = [sys.executable, "-m", "launch.serve_rollouts", "--engine=jax", f"--model={folder}", "--port=0"]
         command += [f"--max_prompt_tokens={max_prompt_tokens}", f"--max_tokens={max_tokens}", "--dtype=float32"]
+        command += [f"--metrics_port={metrics_port}"]
         with train_with_servers.servers(command, 1, Path(folder)) as servers:
             yield servers[0].address
 
@@ -81,16 +85,42 @@ def generation():
 
 def generate():
     model, params, prompts, how = generation()
-    here = local.local_engine(model, max_prompt_tokens=32)
-    with served(model, max_prompt_tokens=32, max_tokens=64) as address:
+    here, port = local.local_engine(model, max_prompt_tokens=32), free_port()
+    with served(model, max_prompt_tokens=32, max_tokens=64, metrics_port=port) as address:
         there = connected(address, model)
         weights = {"in process": (here, here.load(params, 0)), "over gRPC": (there, there.load(params, 0))}
         key = jax.random.key(1)
         jobs = {name: (lambda e=e, w=w: e.generate(w, prompts, key, **how)) for name, (e, w) in weights.items()}
-        seconds = in_turn(jobs)
+        outside = []
+
+        def over_grpc():
+            before, started = sampling_seconds(port), time.perf_counter()
+            jobs["over gRPC"]()
+            took = time.perf_counter() - started
+            outside.append(took - (sampling_seconds(port) - before))
+
+        seconds = in_turn({"in process": jobs["in process"], "over gRPC": over_grpc})
         there.close()
-    share = seconds["over gRPC"] / seconds["in process"] - 1
-    print(f"generate  {seconds['in process']:.3f} s in process, {seconds['over gRPC']:.3f} s over gRPC: {share:+.1%}")
+    share, own = seconds["over gRPC"] / seconds["in process"] - 1, statistics.median(outside)
+    print(
+        f"generate  {seconds['in process']:.3f} s in process, {seconds['over gRPC']:.3f} s over gRPC: {share:+.1%}; "
+        f"{own:.3f} s of it outside the server's sampler: {own / seconds['in process']:.1%}"
+    )
+
+
+def free_port() -> int:
+    with socket.socket() as asked:
+        asked.bind(("127.0.0.1", 0))
+        return asked.getsockname()[1]
+
+
+def sampling_seconds(metrics_port: int) -> float:
+    """How long the server's sampler has worked."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{metrics_port}/metrics") as page:
+        (line,) = [
+            line for line in page.read().decode().splitlines() if line.startswith("tapojax_sampling_seconds_total")
+        ]
+    return float(line.split()[1])
 
 
 def streams():

@@ -258,14 +258,15 @@ class _Remote:
         parts: dict[int, list[pb.Completion]] = {}
         wanted = {prompt.index for prompt in request.prompts}
         with client.failures(server.address):
-            for message in self.delivery.stubs[server.address].Generate(request, timeout=self.options.deadline_s):
-                part = parts.setdefault(message.index, [])
-                if message.index not in wanted - groups.keys() or message.first_sample != len(part):
-                    raise fleet.Broken(f"{server.address} sent {message.index}, {message.first_sample} out of place")
-                part.extend(message.completions)
-                if message.last:
+            stream = self.delivery.stubs[server.address].Generate(request, timeout=self.options.deadline_s)
+            for group in itertools.chain.from_iterable(message.groups for message in stream):
+                part = parts.setdefault(group.index, [])
+                if group.index not in wanted or group.index in groups or group.first_sample != len(part):
+                    raise fleet.Broken(f"{server.address} sent {group.index}, {group.first_sample} out of place")
+                part.extend(group.completions)
+                if group.last:
                     self._check_group(server, part, request, sampling)
-                    groups[message.index] = part
+                    groups[group.index] = part
         if missing := wanted - groups.keys():
             raise fleet.Broken(f"{server.address} ended the stream without the groups {sorted(missing)[:5]}")
         return groups

@@ -14,7 +14,7 @@ import hashlib
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,7 @@ class Rollouts(pb_grpc.RolloutsServicer):
 
     # ---- sampling
 
-    async def Generate(self, request: pb.GenerateRequest, context) -> AsyncIterator[pb.Group]:
+    async def Generate(self, request: pb.GenerateRequest, context) -> AsyncIterator[pb.Groups]:
         work = self._join(request)
         skip, sent = set(request.skip), 0
         work.listeners += 1
@@ -86,10 +86,11 @@ class Rollouts(pb_grpc.RolloutsServicer):
                 async with work.grown:
                     while not work.done and sent == len(work.groups):
                         await work.grown.wait()
-                while sent < len(work.groups):
-                    group, sent = work.groups[sent], sent + 1
-                    if group.index not in skip:
-                        yield group
+                ready, sent = work.groups[sent:], len(work.groups)
+                for message in _messages(
+                    [group for group in ready if group.index not in skip], self.limits.chunk_bytes
+                ):
+                    yield message
         finally:
             work.listeners -= 1
             work.idle_since = time.monotonic()
@@ -140,10 +141,12 @@ class Rollouts(pb_grpc.RolloutsServicer):
         examples = {prompt.index: prompt.example for prompt in request.prompts}
         try:
             with self._watched():
+                started = time.perf_counter()
                 async with contextlib.aclosing(self.sampler.generate(request)) as groups:
                     async for index, samples in groups:
                         finish = self._finish(work, index, examples[index] if request.score else None, samples)
                         scoring.add(asyncio.create_task(finish))
+                self.numbers.sampling_seconds.inc(time.perf_counter() - started)
             await asyncio.gather(*scoring)
         except asyncio.CancelledError:
             work.error = Refused(grpc.StatusCode.ABORTED, f"request {request.request_id!r} was aborted")
@@ -161,7 +164,7 @@ class Rollouts(pb_grpc.RolloutsServicer):
         if example is not None:
             await self._score(json.loads(example), samples, completions)
         self.numbers.tokens.labels("completion").inc(sum(len(sample.tokens) for sample in samples))
-        work.groups.extend(_group_messages(index, completions, self.limits.chunk_bytes))
+        work.groups.extend(_parts(index, completions, self.limits.chunk_bytes))
         async with work.grown:
             work.grown.notify_all()
 
@@ -308,14 +311,30 @@ def _completion(sample: Sample) -> pb.Completion:
     )
 
 
-def _group_messages(index: int, completions: Sequence[pb.Completion], chunk_bytes: int) -> list[pb.Group]:
-    """One message, or several of about chunk_bytes each; the last one is marked."""
-    messages, size = [pb.Group(index=index)], 0
-    for sample, completion in enumerate(completions):
-        if size and size + completion.ByteSize() > chunk_bytes:
-            messages.append(pb.Group(index=index, first_sample=sample))
-            size = 0
-        messages[-1].completions.append(completion)
-        size += completion.ByteSize()
-    messages[-1].last = True
-    return messages
+def _parts(index: int, completions: Sequence[pb.Completion], chunk_bytes: int) -> list[pb.Group]:
+    """A group in one part, or several of about chunk_bytes each; the last one is marked."""
+    starts = _starts([completion.ByteSize() for completion in completions], chunk_bytes)
+    parts = [
+        pb.Group(index=index, first_sample=start, completions=completions[start:end])
+        for start, end in zip(starts, [*starts[1:], len(completions)], strict=True)
+    ]
+    parts[-1].last = True
+    return parts
+
+
+def _messages(groups: Sequence[pb.Group], chunk_bytes: int) -> Iterator[pb.Groups]:
+    """Messages of about chunk_bytes each: one a group would cost more than its tokens."""
+    starts = _starts([group.ByteSize() for group in groups], chunk_bytes)
+    for start, end in zip(starts, [*starts[1:], len(groups)], strict=True):
+        yield pb.Groups(groups=groups[start:end])
+
+
+def _starts(sizes: Sequence[int], limit: int) -> list[int]:
+    """Where to cut, so that each piece is of `limit` bytes or less, or of one item."""
+    starts, filled = list[int](), 0
+    for place, size in enumerate(sizes):
+        if not starts or filled + size > limit:
+            starts.append(place)
+            filled = 0
+        filled += size
+    return starts

@@ -137,6 +137,12 @@ class Completion(_message.Message):
     score_error: str
     def __init__(self, tokens: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[float]] = ..., base_logprobs: _Optional[_Iterable[float]] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., versions: _Optional[_Iterable[_Union[VersionSpan, _Mapping]]] = ..., scores: _Optional[_Mapping[str, float]] = ..., score_error: _Optional[str] = ...) -> None: ...
 
+class Groups(_message.Message):
+    __slots__ = ("groups",)
+    GROUPS_FIELD_NUMBER: _ClassVar[int]
+    groups: _containers.RepeatedCompositeFieldContainer[Group]
+    def __init__(self, groups: _Optional[_Iterable[_Union[Group, _Mapping]]] = ...) -> None: ...
+
 class Group(_message.Message):
     __slots__ = ("index", "first_sample", "completions", "last")
     INDEX_FIELD_NUMBER: _ClassVar[int]

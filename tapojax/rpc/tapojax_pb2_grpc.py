@@ -37,7 +37,7 @@ class RolloutsStub:
         self.Generate = channel.unary_stream(
                 '/tapojax.v1.Rollouts/Generate',
                 request_serializer=tapojax_dot_rpc_dot_tapojax__pb2.GenerateRequest.SerializeToString,
-                response_deserializer=tapojax_dot_rpc_dot_tapojax__pb2.Group.FromString,
+                response_deserializer=tapojax_dot_rpc_dot_tapojax__pb2.Groups.FromString,
                 _registered_method=True)
         self.Logprobs = channel.unary_unary(
                 '/tapojax.v1.Rollouts/Logprobs',
@@ -80,7 +80,7 @@ class RolloutsServicer:
     """Missing associated documentation comment in .proto file."""
 
     def Generate(self, request, context):
-        """Samples group_size completions of each prompt; each group comes as soon as all of it is finished.
+        """Samples group_size completions of each prompt; a message holds the groups that were finished since the last one.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -138,7 +138,7 @@ def add_RolloutsServicer_to_server(servicer, server):
             'Generate': grpc.unary_stream_rpc_method_handler(
                     servicer.Generate,
                     request_deserializer=tapojax_dot_rpc_dot_tapojax__pb2.GenerateRequest.FromString,
-                    response_serializer=tapojax_dot_rpc_dot_tapojax__pb2.Group.SerializeToString,
+                    response_serializer=tapojax_dot_rpc_dot_tapojax__pb2.Groups.SerializeToString,
             ),
             'Logprobs': grpc.unary_unary_rpc_method_handler(
                     servicer.Logprobs,
@@ -202,7 +202,7 @@ class Rollouts:
             target,
             '/tapojax.v1.Rollouts/Generate',
             tapojax_dot_rpc_dot_tapojax__pb2.GenerateRequest.SerializeToString,
-            tapojax_dot_rpc_dot_tapojax__pb2.Group.FromString,
+            tapojax_dot_rpc_dot_tapojax__pb2.Groups.FromString,
             options,
             channel_credentials,
             insecure,

@@ -21,6 +21,7 @@ class Telemetry(NamedTuple):
     seconds: Histogram  # by method
     running: Gauge  # calls, by method
     tokens: Counter  # by kind: prompt, completion
+    sampling_seconds: Counter  # of requests in the sampler; two at a time count twice
     weight_version: Gauge  # of the loaded weights, -1: none were loaded
     weight_bytes: Counter  # received
 
@@ -34,6 +35,7 @@ def telemetry() -> Telemetry:
         Histogram("tapojax_call_seconds", "Time of a call.", ["method"], registry=registry, buckets=SECONDS),
         Gauge("tapojax_calls_running", "Calls that run now.", ["method"], registry=registry),
         Counter("tapojax_tokens", "Tokens read (prompt) and sampled (completion).", ["kind"], registry=registry),
+        Counter("tapojax_sampling_seconds", "Time of requests in the sampler.", registry=registry),
         Gauge("tapojax_weight_version", "Version of the loaded weights.", registry=registry),
         Counter("tapojax_weight_bytes", "Bytes of weights received.", registry=registry),
     )

@@ -41,7 +41,7 @@ def request(name="r", indices=(0, 1, 2), **changes):
 
 
 def answers(stub, asked, timeout=10):
-    return {group.index: group for group in stub.Generate(asked, timeout=timeout)}
+    return {group.index: group for message in stub.Generate(asked, timeout=timeout) for group in message.groups}
 
 
 def refused(call):
@@ -124,7 +124,9 @@ def test_a_large_group_comes_in_pieces_with_a_marked_end(stub, fake):
         return [Sample(tokens, [-0.5] * 1000, [], True, [Span(-1, 0, 1000)])] * 3
 
     fake.spoil = long
-    pieces = list(stub.Generate(request(indices=(0,)), timeout=10))
+    messages = list(stub.Generate(request(indices=(0,)), timeout=10))
+    assert [len(message.groups) for message in messages] == [1, 1, 1]
+    pieces = [message.groups[0] for message in messages]
     assert [piece.first_sample for piece in pieces] == [0, 1, 2]
     assert [piece.last for piece in pieces] == [False, False, True]
 

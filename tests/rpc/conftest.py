@@ -51,7 +51,8 @@ class Rollouts(pb_grpc.RolloutsServicer):
     async def Generate(self, request, context):
         limits.check_generate(request, limits.Limits())
         for prompt in request.prompts:
-            yield pb.Group(index=prompt.index, completions=[pb.Completion(tokens=prompt.tokens)], last=True)
+            completions = [pb.Completion(tokens=prompt.tokens)]
+            yield pb.Groups(groups=[pb.Group(index=prompt.index, completions=completions, last=True)])
 
     async def Logprobs(self, request, context):
         limits.check_logprobs(request, limits.Limits())

@@ -116,7 +116,7 @@ def test_every_kind_of_call_shows_the_token(serve):
     assert rewards.Describe.future(pb.DescribeRequest(), timeout=5).result().task == "lengths"
     assert [item.id for item in rewards.Score(iter([pb.ScoreItem(id="a")]), timeout=5)] == ["a"]
     request = pb.GenerateRequest(prompts=[pb.Prompt(index=7)])
-    assert [group.index for group in rollouts.Generate(request, timeout=5)] == [7]
+    assert [group.index for message in rollouts.Generate(request, timeout=5) for group in message.groups] == [7]
     assert rollouts.LoadWeights(iter([pb.WeightsChunk()]), timeout=5).bytes == 0
     others = [("other", "metadata")]
     assert rewards.Describe(pb.DescribeRequest(), timeout=5, metadata=others).task == "lengths"

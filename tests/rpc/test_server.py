@@ -66,7 +66,8 @@ def test_every_kind_of_method_answers(serve):
     rollouts = pb_grpc.RolloutsStub(served.channel())
     assert rollouts.CommitWeights(pb.CommitRequest(version=7), timeout=5).version == 7
     prompts = [pb.Prompt(index=i, tokens=[i, i + 1]) for i in range(3)]
-    groups = list(rollouts.Generate(pb.GenerateRequest(prompts=prompts), timeout=5))
+    messages = list(rollouts.Generate(pb.GenerateRequest(prompts=prompts), timeout=5))
+    groups = [group for message in messages for group in message.groups]
     assert [(g.index, list(g.completions[0].tokens)) for g in groups] == [(0, [0, 1]), (1, [1, 2]), (2, [2, 3])]
     chunks = [pb.WeightsChunk(piece=pb.TensorPiece(data=bytes(n))) for n in (0, 10, 1_000_000)]
     assert rollouts.LoadWeights(iter(chunks), timeout=5).bytes == 1_000_010
