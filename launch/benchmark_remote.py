@@ -7,13 +7,14 @@ Cases; all of them with one JAX server in a process of its own, on the same mach
 generate   the same batch sampled by the engine inside this process and by the server, in turn: what gRPC costs. Two
            processes sample at speeds some per cent apart, so the time outside the server's sampler is told by itself
 streams    the same prompts as one request and as 100 requests at a time
-staleness  a training run of the quick start with staleness 0 and 1, in turn; trainer and server share the cores
+staleness  a training run of the quick start with staleness 0 and 1, in turn
 
-Seconds are medians over the rounds, without the first. CPU time is shared by both ends, so `generate` is an upper bound
-for a server on its own machine. What the weights cost is the matter of launch.benchmark_weights.
+Seconds are medians over the rounds, without the first. Both ends share the cores; with --own_cores (Linux, taskset)
+each has half of them, as on machines of their own. What the weights cost is the matter of launch.benchmark_weights.
 """
 
 import contextlib
+import os
 import signal
 import socket
 import statistics
@@ -36,6 +37,7 @@ from tapojax.types import Prompts, Sampling
 
 CASES = flags.DEFINE_list("cases", ["generate", "streams", "staleness"], "which, in this order")
 ROUNDS = flags.DEFINE_integer("rounds", 7, "counted", lower_bound=1)
+OWN_CORES = flags.DEFINE_bool("own_cores", False, "the server on one half of the cores, the trainer on the other")
 STEPS = flags.DEFINE_integer("steps", 12, "of a run of the case staleness", lower_bound=3)
 
 
@@ -47,8 +49,16 @@ def served(model, *, max_prompt_tokens: int, max_tokens: int, metrics_port: int 
         command = [sys.executable, "-m", "launch.serve_rollouts", "--engine=jax", f"--model={folder}", "--port=0"]
         command += [f"--max_prompt_tokens={max_prompt_tokens}", f"--max_tokens={max_tokens}", "--dtype=float32"]
         command += [f"--metrics_port={metrics_port}"]
+        if OWN_CORES.value:
+            command = ["taskset", "-c", ",".join(str(core) for core in halves()[1]), *command]
         with train_with_servers.servers(command, 1, Path(folder)) as servers:
             yield servers[0].address
+
+
+def halves() -> tuple[list[int], list[int]]:
+    """The cores of this machine, for the trainer and for the server."""
+    cores = range(os.cpu_count() or 1)
+    return [*cores[: len(cores) // 2]], [*cores[len(cores) // 2 :]]
 
 
 def connected(address: str, model, **options):
@@ -149,7 +159,8 @@ def streams():
 def staleness():
     """A step is timed as the difference between runs of --steps and of 2 steps."""
     config = quickstart.get_config()
-    config.evaluation.every, config.sft.updates, config.task.evaluation_size = 0, 20, 64
+    config.evaluation.every, config.task.evaluation_size = 0, 64
+    config.sft.updates, config.sft.warmup_updates = 20, 5
     config.rollout.weights_dtype, config.train.correction = "float32", "token"
     model = build.model(config.model, build.task(config).tokenizer)
     budgets = {key: config.sampling[key] for key in ("max_prompt_tokens", "max_tokens")}
@@ -176,6 +187,8 @@ def staleness():
 def main(argv):
     del argv
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers are ended
+    if OWN_CORES.value:
+        os.sched_setaffinity(0, halves()[0])  # before XLA starts its threads
     cli.cache_compilations()
     for name in CASES.value:
         {"generate": generate, "streams": streams, "staleness": staleness}[name]()

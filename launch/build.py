@@ -412,7 +412,15 @@ def check_rows(config):
 
 
 def warm_start_optimizer(section) -> optax.GradientTransformation:
-    """AdamW with warm-up and cosine decay to a tenth."""
+    """AdamW with warm-up and cosine decay to a tenth.
+
+    Raises:
+      ValueError: no update is left for the decay.
+    """
+    if section.warmup_updates >= section.updates:
+        raise ValueError(
+            f"sft.warmup_updates={section.warmup_updates} must be less than sft.updates={section.updates}: lower it"
+        )
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, section.learning_rate, section.warmup_updates, section.updates, section.learning_rate / 10
     )
