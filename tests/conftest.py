@@ -1,6 +1,7 @@
 """Before jax wakes up: 8 fake CPU devices, a compilation cache, and shape checks on every function of tapojax."""
 
 import os
+import signal
 import tempfile
 from pathlib import Path
 
@@ -12,6 +13,8 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / "tapojax-test-cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# a job that a shell began in the background ignores Ctrl-C, and so would the processes that the tests start
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import jax
 import pytest

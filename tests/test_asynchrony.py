@@ -158,13 +158,9 @@ def test_an_interrupt_waits_for_nobody_and_begins_nothing_more(monkeypatch):
         return batch(step)
 
     monkeypatch.setattr(asynchrony, "PATIENCE_SECONDS", 0.01)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            with asynchrony.ahead(collect, start=0, steps=9, staleness=3) as source:
-                source.next(0, Spy().at(0))
-    finally:
-        signal.signal(signal.SIGINT, before)
+    with pytest.raises(KeyboardInterrupt):
+        with asynchrony.ahead(collect, start=0, steps=9, staleness=3) as source:
+            source.next(0, Spy().at(0))
     thread = rollouts_thread()
     assert thread is not None and thread.daemon, "a thread that hangs must not keep the process alive"
     over.set()
