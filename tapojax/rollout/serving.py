@@ -11,6 +11,7 @@ import asyncio
 import collections
 import contextlib
 import hashlib
+import itertools
 import json
 import time
 import uuid
@@ -313,10 +314,9 @@ def _completion(sample: Sample) -> pb.Completion:
 
 def _parts(index: int, completions: Sequence[pb.Completion], chunk_bytes: int) -> list[pb.Group]:
     """A group in one part, or several of about chunk_bytes each; the last one is marked."""
-    starts = _starts([completion.ByteSize() for completion in completions], chunk_bytes)
     parts = [
-        pb.Group(index=index, first_sample=start, completions=completions[start:end])
-        for start, end in zip(starts, [*starts[1:], len(completions)], strict=True)
+        pb.Group(index=index, first_sample=piece.start, completions=completions[piece])
+        for piece in _pieces([completion.ByteSize() for completion in completions], chunk_bytes)
     ]
     parts[-1].last = True
     return parts
@@ -324,17 +324,16 @@ def _parts(index: int, completions: Sequence[pb.Completion], chunk_bytes: int) -
 
 def _messages(groups: Sequence[pb.Group], chunk_bytes: int) -> Iterator[pb.Groups]:
     """Messages of about chunk_bytes each: one a group would cost more than its tokens."""
-    starts = _starts([group.ByteSize() for group in groups], chunk_bytes)
-    for start, end in zip(starts, [*starts[1:], len(groups)], strict=True):
-        yield pb.Groups(groups=groups[start:end])
+    for piece in _pieces([group.ByteSize() for group in groups], chunk_bytes):
+        yield pb.Groups(groups=groups[piece])
 
 
-def _starts(sizes: Sequence[int], limit: int) -> list[int]:
-    """Where to cut, so that each piece is of `limit` bytes or less, or of one item."""
+def _pieces(sizes: Sequence[int], limit: int) -> list[slice]:
+    """Where to cut, so that each piece is of `limit` bytes or less, or of one item; nothing gives no piece."""
     starts, filled = list[int](), 0
     for place, size in enumerate(sizes):
         if not starts or filled + size > limit:
             starts.append(place)
             filled = 0
         filled += size
-    return starts
+    return [slice(*ends) for ends in itertools.pairwise([*starts, len(sizes)])]

@@ -117,6 +117,12 @@ def test_a_commit_without_its_weights_is_refused(stub):
     assert code == Code.FAILED_PRECONDITION and "9 is not staged" in said
 
 
+def test_groups_that_finish_one_by_one_all_come_and_the_stream_ends(stub, fake):
+    fake.seconds = 0.1
+    messages = list(stub.Generate(request(), timeout=10))
+    assert [[group.index for group in message.groups] for message in messages] == [[0], [1], [2]]
+
+
 def test_a_large_group_comes_in_pieces_with_a_marked_end(stub, fake):
     tokens = [*[7] * 999, 1]
 

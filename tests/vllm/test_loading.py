@@ -136,4 +136,4 @@ def test_another_family_is_loaded_too(trained_worker, tmp_path):
 
 def test_when_vllms_process_dies_requests_fail(trained_worker):
     """The last one: there is no engine after it."""
-    assert trained_worker.scenario("outlive_the_core", **FLIGHT) == ["EngineDeadError"] * 2
+    assert trained_worker.scenario("outlive_the_core", **FLIGHT) == ["Broken"] * 2
