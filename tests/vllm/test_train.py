@@ -57,7 +57,7 @@ def test_hapo_heats_what_it_is_unsure_of(address, tmp_path):
     exact = ("--config.rollout.weights_dtype=float32", "--config.algorithm.temperature_strength=0.3")
     first, *later = run(address, tmp_path / "run", "hapo_gym", *exact)
     assert first["mismatch_max"] < FLOAT32
-    assert all(0.01 < step["mismatch_max"] < 2 for step in later)
+    assert all(0.01 < step["mismatch_mean"] < 0.5 for step in later), "log p at T in [0.7, 1.3] against log p at 1"
 
 
 def test_tapo_and_rtpo_need_nothing_of_the_server(address, tmp_path):
