@@ -102,6 +102,8 @@ async def vllm_sampler(
         kv_cache_memory_bytes=1 << 30 if kv_cache_bytes is None and on_cpu else kv_cache_bytes,
         tensor_parallel_size=tensor_parallel_size,
         enforce_eager=enforce_eager or on_cpu,
+        # a prompt cut over two steps makes vLLM turn back the request's generator, which ends it on CPU
+        enable_chunked_prefill=False if on_cpu else None,
         seed=seed,
         logprobs_mode="processed_logprobs",
         logits_processors=[f"{vllm_plugin.__name__}:{vllm_plugin.AdaptiveTemperature.__name__}"],
