@@ -10,6 +10,7 @@ REQUIRES = [
     "optax>=0.2.8,<0.3",
     "orbax-checkpoint>=0.12,<0.13",
     "grain>=0.2.18,<0.3",
+    "tensorflow-datasets>=4.9.10,<5",  # 5 MB; its array_record files are written and read without tensorflow
     "transformers>=5,<6",
     "safetensors>=0.8,<1",
     "jinja2>=3.1,<4",  # chat templates; transformers does not ask for it

@@ -2,8 +2,8 @@
 
     config = base.get_config(algorithm="dapo", task="files")
 
-The sections `algorithm` and `task` hold the keyword arguments of the chosen constructor (`tapojax/algorithms`,
-`tapojax/tasks`), so each config shows just the knobs that act. Lengths are in tokens.
+The sections `algorithm`, `task` and `judge` hold the keyword arguments of the chosen constructor (`tapojax/algorithms`,
+`tapojax/tasks`, `tapojax/judges`), so each config shows just the knobs that act. Lengths are in tokens.
 """
 
 from ml_collections import ConfigDict
@@ -11,7 +11,9 @@ from ml_collections import ConfigDict
 from launch import sections
 
 
-def get_config(*, algorithm: str = "grpo", task: str = "arithmetic") -> ConfigDict:
+def get_config(
+    *, algorithm: str = "grpo", task: str = "arithmetic", judge: str = "", answer_judge: str = ""
+) -> ConfigDict:
     c = ConfigDict()
     c.seed = 0
     c.steps = 100  # rollout batches
@@ -19,6 +21,10 @@ def get_config(*, algorithm: str = "grpo", task: str = "arithmetic") -> ConfigDi
     c.group_size = 8  # completions of each prompt
     c.algorithm = sections.algorithm_defaults(algorithm)
     c.task = sections.task_defaults(task)
+
+    c.curriculum = ConfigDict()  # problems by pass rate: that of their last group in this run, before it the task's
+    c.curriculum.pass_rates = (0.0, 1.0)  # of the problems that are trained; (0, 1): all, in plain order
+    c.curriculum.outside = 0.0  # probability that another one is
 
     c.model = ConfigDict()
     c.model.preset = "gym-small"  # a name in tapojax/models/presets.py; read when path is empty
@@ -36,6 +42,7 @@ def get_config(*, algorithm: str = "grpo", task: str = "arithmetic") -> ConfigDi
     c.sampling.top_p = 1.0  # 1: off
     c.sampling.stop_token_ids = ()  # that end a completion, beside the tokenizer's end token
     c.sampling.dtype = "float32"  # of the sampler's copy of the parameters
+    c.sampling.stream_tokens = 32  # after so many tokens the embedded sampler hands out the rows that ended
 
     c.rollout = sections.rollout_defaults()  # where completions are sampled; the keys are remote.Options
     c.rollout.addresses = ()  # of launch.serve_rollouts, such as ("gpu1:7777", "gpu2:7777"); empty: here
@@ -79,17 +86,19 @@ def get_config(*, algorithm: str = "grpo", task: str = "arithmetic") -> ConfigDi
 
     c.reward = ConfigDict()  # where completions are scored
     c.reward.addresses = ()  # of launch.serve_rewards, such as ("big1:7788", "big2:7788"); empty: in this process
-    c.reward.deadline_s = 60.0  # of one try of a chunk of rows
+    c.reward.overlap = True  # score rows while others are sampled; False: all in one call, after that
+    c.reward.chunk_rows = 32  # that are scored in one call, at most, with overlap
+    c.reward.threads = 8  # calls at a time, with overlap
+    c.reward.wait_s = 1800.0  # for scores after sampling has ended; rows that come later go without one
+    c.reward.deadline_s = 60.0  # of one try of a chunk of rows at a server
     c.reward.retries = 3  # of a chunk, on other servers, before its rows go without a score
     c.reward.token_file = ""  # what is shown to the servers
     c.reward.authority_file = ""  # who signed the servers' certificates; needed beyond loopback
     c.reward.certificate_file = ""  # of this process, for mutual TLS
     c.reward.key_file = ""
 
-    c.judge = ConfigDict()  # whose verdicts are the score channel "flawed", instead of the task's own
-    c.judge.workdir = ""  # of a finished run of configs/genrm_gym.py; empty: no judge
-    c.judge.temperature = 0.0
-    c.judge.batch_rows = 64  # criticised at a time
+    c.judge = sections.judge_defaults(judge)  # whose verdicts are a score channel: a name in judges.PLACES; "": none
+    c.answer_judge = sections.answer_judge_defaults(answer_judge)  # "answer": looks again at wrong rows; "": nobody
 
     c.sft = ConfigDict()  # supervised warm start on the task's demonstrations
     c.sft.updates = 0

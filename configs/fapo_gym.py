@@ -24,7 +24,9 @@ def get_config(mode: str = ""):
     if variant == "dapo":
         c.algorithm.flaw_penalty = 0.0  # FAPO's neutral value
     if variant == "fapo_genrm":
+        c.judge = base.get_config(judge="critic").judge
         c.judge.workdir = "runs/genrm_gym"
+        c.reward.overlap = False  # the judge takes turns with the sampler on the same device
     c.task.scratchpad, c.task.flaws = 1.0, 0.7
     c.optimizer.learning_rate = 5e-4
     if mode != "quicktest":

@@ -1,11 +1,12 @@
 """FAPO's own setting. arXiv 2510.22543. Modes: 7b (Qwen2.5-Math-7B), 32b (Qwen2.5-32B).
 
     python -m launch.train --config=configs/fapo_math.py:7b --workdir=runs/fapo-7b --config.model.path=Qwen2.5-Math-7B \
-        --config.task.tokenizer_path=Qwen2.5-Math-7B --config.task.train_path=dapo_math_17k.jsonl \
-        --config.task.evaluation_path=aime24.jsonl --config.mesh.fsdp=32
+        --config.task.tokenizer_path=Qwen2.5-Math-7B --config.task.train_path=data/dapo/train.jsonl \
+        --config.task.evaluation_path=data/aime24/test.jsonl --config.mesh.fsdp=32
 
-Needs a score channel `flawed` from a generative reward model (configs/genrm_math.py trains one); a task without one
-stops at the first step and says so. The baseline is the same config with --config.algorithm.flaw_penalty=0.
+Flaws are found by a generative reward model behind vLLM servers, named `genrm` there: configs/genrm_math.py trains
+one, docs/judges.md serves it, and --config.judge.endpoint.addresses names the replicas. The baseline is the same config
+with --config.algorithm.flaw_penalty=0, which asks it for the number only.
 
 Published, 32b, baseline -> FAPO: AIME24 38.9 -> 42.4, AIME25 29.5 -> 33.5, AMC 85.0 -> 91.6, MATH 72.8 -> 74.6; flawed
 share of right AIME24 answers 15.5 -> 7.1 %. Cost in the paper: 64 GPUs and 8 for the judge; not measured by us.
@@ -24,6 +25,8 @@ def get_config(mode: str = ""):
     c = large.get_config(
         algorithm="fapo", prompts=512, group_size=8, prompt_tokens=2048, max_tokens=max_tokens, updates=16
     )
+    c.judge = base.get_config(judge="genrm").judge
+    c.judge.endpoint.timeout_s = 600.0  # a critique has thousands of tokens
     c.steps = steps
     c.algorithm.overlong_buffer = 4096
     c.optimizer.warmup_updates, c.optimizer.weight_decay = 10, 0.1

@@ -1,8 +1,8 @@
 """FAPO's generative reward model, its own setting. Ding et al., arXiv 2510.22543. Model: Qwen3-4B-Instruct-2507.
 
     python -m launch.train --config=configs/genrm_math.py --workdir=runs/genrm --config.model.path=Qwen3-4B-Instruct \
-        --config.task.tokenizer_path=Qwen3-4B-Instruct --config.task.train_path=fapo_critic.jsonl \
-        --config.task.evaluation_path=processbench.jsonl --config.mesh.fsdp=8
+        --config.task.tokenizer_path=Qwen3-4B-Instruct --config.task.train_path=data/fapo_critic/train.jsonl \
+        --config.task.evaluation_path=data/fapo_critic/test.jsonl --config.mesh.fsdp=8
 
 Rows: a problem, the steps of a solution, the index of the first wrong one (-1: none); FAPO-Critic-85K and ProcessBench
 are such data. The paper takes an early checkpoint, whose critiques are short. pass@1 is the share of solutions rightly

@@ -1,14 +1,15 @@
 """GRPO on GSM8K with a real model and tokenizer.
 
     hf download Qwen/Qwen2.5-Math-1.5B --local-dir Qwen2.5-Math-1.5B
+    python -m launch.prepare_data --dataset=gsm8k --output=data/gsm8k
     python -m launch.train --config=configs/gsm8k.py --config.model.path=Qwen2.5-Math-1.5B \
-        --config.task.tokenizer_path=Qwen2.5-Math-1.5B --config.task.train_path=gsm8k_train.jsonl \
-        --config.task.evaluation_path=gsm8k_test.jsonl
+        --config.task.tokenizer_path=Qwen2.5-Math-1.5B --config.task.train_path=data/gsm8k/train.jsonl \
+        --config.task.evaluation_path=data/gsm8k/test.jsonl
 
-Cobbe et al., arXiv 2110.14168 (data); Shao et al., arXiv 2402.03300 (GRPO). Rows need a problem and a final answer;
-other column names go into task.problem_key and task.answer_key. Cost: not measured by us; the defaults are meant for
-one accelerator with 80 GB or a small slice with mesh.fsdp set to its size. `:quicktest` shrinks lengths and batches
-until a tiny random checkpoint runs in a minute on a laptop: it proves the path, not the method.
+Cobbe et al., arXiv 2110.14168 (data); Shao et al., arXiv 2402.03300 (GRPO). Files of other problems do as well, as they
+are published (docs/data.md). Cost: not measured by us; the defaults are meant for one accelerator with 80 GB or a small
+slice with mesh.fsdp set to its size. `:quicktest` shrinks lengths and batches until a tiny random checkpoint runs in a
+minute on a laptop: it proves the path, not the method.
 """
 
 from configs import base

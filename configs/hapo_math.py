@@ -1,8 +1,8 @@
 """HAPO's own setting. arXiv 2509.16591. Modes: 1.5b, 7b (Qwen2.5-Math), qwen3-8b, qwen3-14b (base models).
 
     python -m launch.train --config=configs/hapo_math.py:7b --workdir=runs/hapo-7b --config.model.path=Qwen2.5-Math-7B \
-        --config.task.tokenizer_path=Qwen2.5-Math-7B --config.task.train_path=dapo_math_17k.jsonl \
-        --config.task.evaluation_path=aime24.jsonl --config.mesh.fsdp=32
+        --config.task.tokenizer_path=Qwen2.5-Math-7B --config.task.train_path=data/dapo/train.jsonl \
+        --config.task.evaluation_path=data/aime24/test.jsonl --config.mesh.fsdp=32
 
 Published, mean of AIME24, AIME25, AMC, MATH500, OlympiadBench, Minerva at avg@8, DAPO -> HAPO: 1.5b 38.3 -> 40.6, 7b
 47.0 -> 50.0, qwen3-8b 50.0 -> 52.0, qwen3-14b 58.1 -> 62.1. Cost: 32 A100 in the paper; not measured by us.

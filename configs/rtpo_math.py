@@ -1,8 +1,8 @@
 """RTPO on worked mathematics. No paper: the method is known from an unmerged TRL branch and the avr repository (2025).
 
     python -m launch.train --config=configs/rtpo_math.py --workdir=runs/rtpo --config.model.path=Qwen2.5-3B \
-        --config.task.tokenizer_path=Qwen2.5-3B --config.task.train_path=math_train.jsonl \
-        --config.task.evaluation_path=math500.jsonl --config.mesh.fsdp=8
+        --config.task.tokenizer_path=Qwen2.5-3B --config.task.train_path=data/math/train.jsonl \
+        --config.task.evaluation_path=data/math500/test.jsonl --config.mesh.fsdp=8
 
 The published run trains Qwen2.5-VL-3B with LoRA on VisuRiddles (images; rank 8, learning rate 5e-5, 3 epochs) and gives
 no numbers, only that reasoning gets shorter. Here: text, full parameters, worked solutions of GSM8K or MATH as hints.

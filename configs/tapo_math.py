@@ -2,11 +2,12 @@
 
     python -m launch.train --config=configs/tapo_math.py --workdir=runs/tapo \
         --config.model.path=DeepSeek-R1-Distill-Qwen-1.5B --config.task.tokenizer_path=DeepSeek-R1-Distill-Qwen-1.5B \
-        --config.task.train_path=math_train.jsonl --config.task.evaluation_path=aime24.jsonl --config.mesh.fsdp=4
+        --config.task.train_path=data/math/train.jsonl --config.task.evaluation_path=data/aime24/test.jsonl \
+        --config.mesh.fsdp=4
 
 Known of the paper: the model, 4 RTX 4090, and AIME24 pass@1 of 28.9 (base), 34.3 (GRPO), 44.3 (TAPO). Data, batch,
 lengths, learning rate and every coefficient are unpublished: those below are our choice. Teachers: worked solutions of
-the data (task.solution_key), and completions of a stronger model that `launch.teach` collects (task.teacher_path).
+the data, and completions of a stronger model that `launch.teach` collects (task.teacher_path).
 Cost: not measured by us.
 """
 

@@ -14,16 +14,19 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from configs import base
 from launch import sections
 from tapojax import asynchrony, checkpoint, correction, metrics, policy, recording, sharding, train_step
 from tapojax.algorithms import ALGORITHMS
+from tapojax.judges import EMBEDDED, JUDGES, PLACES, answer, critic, judged
 from tapojax.models import config_json, decoder, huggingface, presets
 from tapojax.models.config import DecoderConfig
+from tapojax.rewards import loop
 from tapojax.rewards import remote as rewards
 from tapojax.rollout import delivery, local, remote
 from tapojax.rollout.collect import Collected
 from tapojax.rpc import security
-from tapojax.tasks import TASKS, judged
+from tapojax.tasks import TASKS, order
 from tapojax.types import Algorithm, Engine, Sampling, Task
 
 
@@ -76,7 +79,7 @@ def setup(config) -> Setup:
 
 
 def task(config) -> Task:
-    """The task, scored by the reward servers and with the verdicts of the judge that the config names."""
+    """The task with the judges that the config names; reward servers score it whole, judges included."""
     problems = sections.build(
         TASKS, config.task, "task", seed=config.seed, max_prompt_tokens=config.sampling.max_prompt_tokens
     )
@@ -88,8 +91,21 @@ def task(config) -> Task:
             deadline_s=section.deadline_s,
             retries=section.retries,
         )
-        problems = problems._replace(score=score)
-    return judged.judged(problems, judge(config)) if config.judge.workdir else problems
+        return problems._replace(score=score)
+    if config.answer_judge.name:
+        second = sections.build(sections.ANSWER_JUDGES, config.answer_judge.to_dict(), "answer_judge")
+        problems = answer.second_look(problems, second)
+    if config.judge.name:
+        problems = judged.judged(problems, judge(config), **_place(config.judge))
+    return problems
+
+
+def batches(config, problems: Task) -> tuple[order.Batches, dict[str, float], Callable | None]:
+    """The order of the run's problems, the pass rates by id that decide it too, and what notes those of a batch."""
+    section, rates = config.curriculum, dict[str, float]()
+    stream = order.batches(problems.train, batch_size=config.prompts_per_step, seed=config.seed, rates=rates, **section)
+    plain = tuple(section.pass_rates) == (0, 1)
+    return stream, rates, None if plain else functools.partial(order.observe, rates)
 
 
 def reward_security(section) -> security.Security:
@@ -112,49 +128,58 @@ def check_rewards(config, algo: Algorithm):
             f"the reward servers score the task {said.task!r}, this config has {config.task.name!r}: start them with "
             "the same --config"
         )
-    judged_here = {"flawed"} if config.judge.workdir else set()
-    if missing := algo.needs - judged_here - set(said.channels):
+    judges = [_place(config.judge)["channel"]] if config.judge.name else []
+    judges += [answer.SECTION] if config.answer_judge.name else []
+    if missing := (algo.needs | {f"{channel}_asked" for channel in judges}) - set(said.channels):
         raise ValueError(
-            f"the algorithm needs the score channels {sorted(missing)}, the reward servers give "
-            f"{sorted(said.channels)}: start them with a task or a --config.judge.workdir that provides them"
+            f"algorithm and judge need the score channels {sorted(missing)}, the reward servers give "
+            f"{sorted(said.channels)}: start them with the same --config"
         )
 
 
 def judge(config) -> judged.Judge:
-    """The critic that the run in judge.workdir has trained, on the devices of this one.
+    """The judge of the section, without where its verdicts go."""
+    section = {key: value for key, value in config.judge.to_dict().items() if key not in _place(config.judge)}
+    return sections.build(JUDGES, section, "judge", trained=functools.partial(trained, config))
+
+
+def _place(section) -> dict[str, Any]:
+    """Where the verdicts of the judge go: what `judged` takes beside it."""
+    default = sections.choose(PLACES, section.name, "judge")
+    return {key: section.get(key, value) for key, value in default.items()}
+
+
+def trained(config, folder: str) -> critic.Trained:
+    """The critic that the run in a folder has trained, on the devices of this one.
 
     Raises:
-      ValueError: that is no run of the task "critiques", or has no checkpoint.
+      ValueError: there is no such run, it is of another task, or it has no checkpoint.
     """
-    workdir = Path(config.judge.workdir)
+    workdir = Path(folder)
     if not (workdir / "config.json").is_file():
         raise ValueError(
             f"judge.workdir={str(workdir)!r} has no config.json: train a judge with "
             f"python -m launch.train --config=configs/genrm_gym.py --workdir={workdir}"
         )
-    its = ConfigDict(json.loads((workdir / "config.json").read_text()))
-    if its.task.name != "critiques":
-        raise ValueError(f"judge.workdir={str(workdir)!r} is a run of the task {its.task.name!r}, not of 'critiques'")
-    its.mesh = config.mesh
-    its.rollout, its.reward = ConfigDict({"addresses": ()}), ConfigDict({"addresses": ()})  # it was trained by, once
-    its.mismatch = config.mismatch  # it is not trained here
+    written = json.loads((workdir / "config.json").read_text())
+    if written["task"]["name"] not in critic.READERS:
+        raise ValueError(
+            f"judge.workdir={folder!r} is a run of the task {written['task']['name']!r}, not of one of "
+            f"{[*critic.READERS]}"
+        )
+    its = base.get_config(**{name: written[name]["name"] for name in ("algorithm", "task")})
+    its.update(written)  # what it does not say is younger than the run
+    its.mesh, its.mismatch = config.mesh, config.mismatch  # it is not trained here
+    its.rollout.addresses = its.reward.addresses = ()  # it was sampled and scored there, once
+    its.judge = its.answer_judge = ConfigDict({"name": ""})
+    for key in [key for key in its.task if key.endswith("_path") and key != "tokenizer_path"]:
+        its.task[key] = ""  # nor are its problems needed
     run = setup(its)
     with jax.set_mesh(run.mesh):
         _, params = saved_params(run, workdir)
         weights = run.engine.load(params, 0)
-    critic = judged.critic(
-        run.engine,
-        weights,
-        dataclasses.replace(run.sampling, temperature=config.judge.temperature),
-        max_prompt_tokens=its.sampling.max_prompt_tokens,
-        batch_rows=config.judge.batch_rows,
-    )
-
-    def ask(examples, completions):
-        with jax.set_mesh(run.mesh):  # of the thread that asks, which a reward server starts anew for each batch
-            return critic(examples, completions)
-
-    return ask
+    budget = its.sampling.max_prompt_tokens
+    return critic.Trained(run.engine, weights, run.sampling, budget, run.task, its.task.name, run.mesh)
 
 
 def saved_params(run: Setup, workdir: Path, *, initial: bool = False) -> tuple[int, Any]:
@@ -192,7 +217,10 @@ def engine(config, model: DecoderConfig) -> Engine:
     options = dict(config.rollout)
     addresses, budget = tuple(options.pop("addresses")), config.sampling.max_prompt_tokens
     if not addresses:
-        return local.local_engine(model, max_prompt_tokens=budget, dtype=config.sampling.dtype)
+        section = config.sampling
+        return local.local_engine(
+            model, max_prompt_tokens=budget, dtype=section.dtype, stream_tokens=section.stream_tokens
+        )
     score = policy.make_score(model, max_scored=delivery.PROBE_TOKENS, max_logit_bytes=config.train.max_logit_bytes)
     return remote.remote_engine(
         addresses,
@@ -361,13 +389,38 @@ def check_asynchrony(config, run: Setup):
     own_programs = {
         "the embedded sampler (name rollout.addresses)": not config.rollout.addresses,
         f"{config.algorithm.name} scores the rows it injects and": run.algorithm.inject is not None,
-        "the judge of judge.workdir": config.judge.workdir,
+        f"the judge {config.judge.name}": config.judge.name in EMBEDDED and not config.reward.addresses,
     }
     for what in [name for name, here in own_programs.items() if here and section.staleness and devices > 1]:
         raise ValueError(
             f"asynchrony.staleness={section.staleness} on {devices} devices: {what} would start programs while the "
             "trainer does, and their collectives wait for one another; take one device, or staleness 0"
         )
+
+
+def scoring(config, run: Setup) -> loop.Options:
+    """How the rows of a step are scored; a judge of this process must be able to do so while others are sampled.
+
+    Raises:
+      ValueError: naming the key.
+    """
+    section = config.reward
+    options = loop.Options(section.overlap, section.chunk_rows, section.threads, wait_s=section.wait_s)
+    if not options.overlap or section.addresses or config.judge.name not in EMBEDDED:
+        return options
+    if run.mesh.size > 1 and not config.rollout.addresses:
+        raise ValueError(
+            f"reward.overlap on {run.mesh.size} devices: the judge {config.judge.name} would start programs while the "
+            "embedded sampler does, and their collectives wait for one another; set reward.overlap=False, or give the "
+            "judge to reward servers (reward.addresses)"
+        )
+    if config.judge.get("temperature", 0.0) > 0:
+        raise ValueError(
+            f"reward.overlap with judge.temperature={config.judge.temperature}: what the judge {config.judge.name} "
+            "draws depends on which rows it gets together, which the clock would decide; set reward.overlap=False, or "
+            "judge.temperature=0"
+        )
+    return options
 
 
 @contextlib.contextmanager
@@ -404,7 +457,7 @@ def check_rows(config):
     for name, prompts in (
         ("prompts_per_step", config.prompts_per_step),
         ("evaluation.batch_prompts", config.evaluation.batch_prompts),
-        ("judge.batch_rows", config.judge.batch_rows),
+        ("judge.batch_rows", config.judge.get("batch_rows", ways)),
         ("sft.batch_size", config.sft.batch_size),
     ):
         if prompts % ways:

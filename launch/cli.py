@@ -15,6 +15,7 @@ from ml_collections import config_flags
 
 from configs import base
 from launch import sections
+from tapojax import resumable
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "a file of configs/, such as configs/quickstart.py", lock_config=True
@@ -85,7 +86,7 @@ def checked_config():
 
 
 def _checked(config):
-    known = base.get_config(algorithm=config.algorithm.name, task=config.task.name)
+    known = base.get_config(**{name: config[name].name for name in ("algorithm", "task", "judge", "answer_judge")})
     sections.check_keys(config, known)
     return config
 
@@ -99,7 +100,7 @@ def write_config(config, workdir: Path):
     path, new = workdir / "config.json", json.loads(config.to_json())
     if path.exists() and (workdir / "initial" / "0").exists():  # a start that failed before binds nobody
         old = json.loads(path.read_text())
-        differing = _differences(old, new)
+        differing = resumable.differences(old, new)
         for key in [key for key in differing if key.endswith(PLACES)]:
             del differing[key]
         for key, (was, now) in differing.items():
@@ -110,15 +111,6 @@ def write_config(config, workdir: Path):
         return
     workdir.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(new, indent=2) + "\n")
-
-
-def _differences(old, new, prefix: str = "") -> dict:
-    if not (isinstance(old, dict) and isinstance(new, dict)):
-        return {} if old == new else {prefix.rstrip("."): (old, new)}
-    found: dict[str, tuple] = {}
-    for key in sorted(old.keys() | new.keys()):
-        found |= _differences(old.get(key), new.get(key), f"{prefix}{key}.")
-    return found
 
 
 def workdir() -> Path:

@@ -8,8 +8,11 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from tapojax.algorithms import ALGORITHMS
+from tapojax.judges import JUDGES, PLACES
 from tapojax.rollout import remote
 from tapojax.tasks import TASKS
+
+ANSWER_JUDGES = {"answer": JUDGES["answer"]}
 
 
 def algorithm_defaults(name: str) -> ConfigDict:
@@ -18,6 +21,17 @@ def algorithm_defaults(name: str) -> ConfigDict:
 
 def task_defaults(name: str) -> ConfigDict:
     return _defaults(name, choose(TASKS, name, "task"))
+
+
+def judge_defaults(name: str) -> ConfigDict:
+    """Those of the judge, and where its verdicts go; "" is no judge."""
+    if not name:
+        return ConfigDict({"name": ""})
+    return ConfigDict({**choose(PLACES, name, "judge"), **_defaults(name, JUDGES[name])})
+
+
+def answer_judge_defaults(name: str) -> ConfigDict:
+    return _defaults(name, choose(ANSWER_JUDGES, name, "answer_judge")) if name else ConfigDict({"name": ""})
 
 
 def rollout_defaults() -> ConfigDict:
@@ -42,7 +56,12 @@ def suggestion(name: str, known) -> str:
 
 def _defaults(name: str, constructor: Callable) -> ConfigDict:
     parameters = inspect.signature(constructor).parameters.values()
-    return ConfigDict({"name": name, **{p.name: p.default for p in parameters if p.default is not p.empty}})
+    return ConfigDict({"name": name, **{p.name: _plain(p.default) for p in parameters if p.default is not p.empty}})
+
+
+def _plain(default):
+    """A NamedTuple of options is a section of its own."""
+    return default._asdict() if hasattr(default, "_asdict") else default
 
 
 def build(table: Mapping[str, Any], section: Mapping[str, Any], what: str, **given):
@@ -57,6 +76,8 @@ def build(table: Mapping[str, Any], section: Mapping[str, Any], what: str, **giv
     for key in kwargs:
         if key not in accepted or key in given:
             raise ValueError(f"{what}.{key}: {section['name']} has no such option{suggestion(key, accepted)}")
+        if hasattr(accepted[key].default, "_asdict"):
+            kwargs[key] = type(accepted[key].default)(**kwargs[key])
     return constructor(**kwargs, **{key: value for key, value in given.items() if key in accepted})
 
 
@@ -71,7 +92,7 @@ def check_keys(config: Mapping[str, Any], known: Mapping[str, Any], prefix: str 
             whose = f" by {known['name']}" if "name" in known else ""
             raise ValueError(
                 f"config key {prefix}{key} is not read{whose}{suggestion(key, known)}; all keys are in "
-                "configs/base.py; a config file chooses algorithm and task by base.get_config(algorithm=..., task=...)"
+                "configs/base.py; a config file chooses algorithm, task and judge by base.get_config(algorithm=...)"
             )
         sections = [isinstance(x, Mapping | ConfigDict) for x in (value, known[key])]
         if sections[0] != sections[1]:

@@ -3,8 +3,9 @@
     python -m launch.serve_rewards --config=configs/gsm8k.py --port=7788
     python -m launch.train --config=configs/gsm8k.py --config.reward.addresses=127.0.0.1:7788
 
-Both sides read the same config file; the server is the one with the verifier's cores, or the judge's GPU
-(--config.judge.workdir). For more cores start more servers, and name them all: "('big1:7788','big2:7788')".
+Both sides read the same config file; the server is the one with the verifier's cores, or the judge's GPU, for what the
+config's judges say comes from here, too (docs/judges.md). For more cores start more servers, and name them all:
+"('big1:7788','big2:7788')".
 
 A host that other machines can reach takes TLS and a token: --host=0.0.0.0 --token_file=token
 --certificate_file=cert.pem --key_file=key.pem, and --authority_file=ca.pem for mutual TLS; the trainer's counterparts

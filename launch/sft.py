@@ -15,7 +15,7 @@ from launch import build, cli
 from tapojax import checkpoint, policy, sharding, train_step
 from tapojax.algorithms import sft
 from tapojax.models.config import DecoderConfig
-from tapojax.tasks import data
+from tapojax.tasks import order
 from tapojax.types import Task
 
 
@@ -49,7 +49,7 @@ def warm_start(config, model: DecoderConfig, task: Task, mesh, params):
     state = build.fresh_state(algorithm, optimizer, params, mesh)
     step_fn = jax.jit(train_step.make_train_step(score, algorithm, optimizer), donate_argnums=0)
     examples = task.train if task.warm_start is None else task.warm_start
-    batches = data.batches(examples, batch_size=config.sft.batch_size, seed=config.seed)
+    batches = order.batches(examples, batch_size=config.sft.batch_size, seed=config.seed)
     rng = np.random.default_rng(config.seed)
     for update in range(config.sft.updates):
         tokens, mask = demonstrations(next(batches), task, demonstration, rng, config.sampling)

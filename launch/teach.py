@@ -3,32 +3,32 @@
     python -m launch.teach --config=configs/tapo_math.py --config.task.teacher_path=teacher.jsonl \
         --endpoint=http://127.0.0.1:8000/v1 --teacher=Qwen/Qwen2.5-72B-Instruct
 
-The endpoint speaks OpenAI's chat API (vLLM does) and gets task.template, filled in, as user message; its key, if it
-wants one, is in the environment variable OPENAI_API_KEY. Rows {"id", "completion"} are added to task.teacher_path, from
-where training reads them. Problems that are in the file already are not asked again: run it again after a stop, or
-for the problems that had no right completion.
+The endpoint speaks OpenAI's chat API (vLLM does) and gets task.template, filled in, as user message; several replicas
+are separated by commas. Its key, if it wants one, is in the environment variable OPENAI_API_KEY. Rows
+{"id", "completion"} are added to task.teacher_path, from where training reads them. Problems that are in the file are
+not asked again: run it again after a stop, or for the problems that had no right completion.
 """
 
 import concurrent.futures
 import json
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from absl import flags
 
 from launch import cli, sections
+from tapojax.judges import endpoint
 from tapojax.tasks import TASKS, data
 from tapojax.types import Example, Task
 
-ENDPOINT = flags.DEFINE_string("endpoint", "http://127.0.0.1:8000/v1", "address of the chat API")
+ENDPOINT = flags.DEFINE_list("endpoint", ["http://127.0.0.1:8000/v1"], "address of the chat API, or of its replicas")
 TEACHER = flags.DEFINE_string("teacher", None, "name of the model there", required=True)
 COMPLETIONS = flags.DEFINE_integer("completions", 4, "asked for each problem", lower_bound=1)
 TEMPERATURE = flags.DEFINE_float("temperature", 0.7, "of the teacher", lower_bound=0)
 MAX_TOKENS = flags.DEFINE_integer("max_tokens", None, "of a completion [sampling.max_tokens]", lower_bound=1)
-TIMEOUT_S = flags.DEFINE_float("timeout_s", 600, "for one completion", lower_bound=0)
+TIMEOUT_S = flags.DEFINE_float("timeout_s", 600, "for one completion", lower_bound=0.001)
 RETRIES = flags.DEFINE_integer("retries", 3, "of a request that failed, with growing pauses", lower_bound=0)
-REQUESTS = flags.DEFINE_integer("requests", 16, "under way at a time", lower_bound=1)
+REQUESTS = flags.DEFINE_integer("requests", 16, "under way at a time, at each replica", lower_bound=1)
 MAX_FAILURES = 8  # problems in a row without a reply: the endpoint is at fault, not the problem
 
 
@@ -69,34 +69,31 @@ def outputs(config) -> tuple[Path, Task]:
     return Path(path), sections.build(TASKS, section, "task", **given)
 
 
-def replies(examples: Sequence[Example], config) -> Iterator[tuple[Example, list[str], Exception | None]]:
+def replies(examples: Sequence[Example], config) -> Iterator[tuple[Example, list[str], str | None]]:
     """Each example with the completions that came to an end, and with the error that stopped the asking.
 
     Raises:
       ValueError: MAX_FAILURES examples in a row, or all there are, had no reply.
     """
-    import openai
-
-    client = openai.OpenAI(
-        base_url=ENDPOINT.value,
-        api_key=os.environ.get("OPENAI_API_KEY", "none"),
-        timeout=TIMEOUT_S.value,
-        max_retries=RETRIES.value,
+    addresses = tuple(ENDPOINT.value)
+    options = endpoint.Options(
+        addresses=addresses, requests=REQUESTS.value, timeout_s=TIMEOUT_S.value, retries=RETRIES.value, cache_rows=0
     )
-    max_tokens = MAX_TOKENS.value or config.sampling.max_tokens
+    model = endpoint.Model(TEACHER.value, TEMPERATURE.value, MAX_TOKENS.value or config.sampling.max_tokens)
+    teacher = endpoint.make(model, options, section="launch.teach")
 
-    def ask(example: Example) -> tuple[list[str | None], Exception | None]:
+    def ask(example: Example) -> tuple[list[str | None], str | None]:
         message = config.task.template.format(problem=example["problem"])
         texts: list[str | None] = []
-        try:
-            for _ in range(COMPLETIONS.value):
-                texts.append(complete(client, message, max_tokens))
-        except (openai.OpenAIError, ValueError) as error:
-            return texts, error
+        for _ in range(COMPLETIONS.value):
+            reply = endpoint.request(teacher, message)
+            if reply.text is None:
+                return texts, reply.error
+            texts.append(None if reply.truncated else reply.text)
         return texts, None
 
     failures = 0
-    pool = concurrent.futures.ThreadPoolExecutor(REQUESTS.value)
+    pool = concurrent.futures.ThreadPoolExecutor(REQUESTS.value * len(addresses))
     try:
         waiting = {pool.submit(ask, example): example for example in examples}
         for future in concurrent.futures.as_completed(waiting):
@@ -104,31 +101,12 @@ def replies(examples: Sequence[Example], config) -> Iterator[tuple[Example, list
             failures = 0 if texts else failures + 1
             if failures == min(MAX_FAILURES, len(examples)):
                 raise ValueError(
-                    f"{ENDPOINT.value} gave no reply for {failures} problems in a row, the last because of: {error}. "
-                    f"Check --endpoint, --teacher={TEACHER.value} and the key in OPENAI_API_KEY"
+                    f"{', '.join(addresses)} gave no reply for {failures} problems in a row, the last because of: "
+                    f"{error}. Check --endpoint, --teacher={TEACHER.value} and the key in OPENAI_API_KEY"
                 )
             yield waiting[future], [text for text in texts if text], error
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def complete(client, message: str, max_tokens: int) -> str | None:
-    """The teacher's answer to the message; None if max_tokens ended it.
-
-    Raises:
-      ValueError: the reply is no chat completion.
-    """
-    reply = client.chat.completions.create(
-        model=TEACHER.value,
-        messages=[{"role": "user", "content": message}],
-        temperature=TEMPERATURE.value,
-        max_tokens=max_tokens,
-    )
-    try:
-        choice = reply.choices[0]
-        return choice.message.content if choice.finish_reason != "length" else None
-    except (AttributeError, IndexError, TypeError) as error:
-        raise ValueError(f"the reply is no chat completion: {str(reply)[:200]!r}") from error
 
 
 def accepted(task: Task, example: Example, texts: Sequence[str]) -> list[str]:

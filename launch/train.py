@@ -18,7 +18,6 @@ import numpy as np
 from launch import build, cli, sft
 from tapojax import asynchrony, checkpoint, evaluation, metrics, policy, recording, report, sharding, train_step
 from tapojax.rollout import collect
-from tapojax.tasks import data
 
 
 def train(config, workdir: Path) -> dict:
@@ -26,19 +25,21 @@ def train(config, workdir: Path) -> dict:
     started, totals = time.perf_counter(), dict[str, float]()
     run = build.setup(config)
     build.check_asynchrony(config, run)
+    reward = build.scoring(config, run)
     cli.write_config(config, workdir)
+    batches, rates, observe = build.batches(config, run.task)
     with jax.set_mesh(run.mesh), contextlib.ExitStack() as stack:
         # ---- state: around the initial policy, or as the newest checkpoint has it
         with metrics.timed(totals, "warm_start"):
             initial = sft.initial_policy(config, run.model, run.task, run.mesh, workdir)
         reference = jax.tree.map(jnp.copy, initial) if run.algorithm.needs_reference else None
         state = build.fresh_state(run.algorithm, run.optimizer, initial, run.mesh)
-        batches = data.batches(run.task.train, batch_size=config.prompts_per_step, seed=config.seed)
         manager = checkpoint.open_manager(workdir / "checkpoints", keep=config.checkpoint.keep)
         start, ready, memory = 0, [], run.algorithm.memory
         if restored := checkpoint.restore_newest(manager, checkpoint.abstract(state)):
             start, state, record = restored
             batches.set_state(record["data"])
+            rates.update(record["pass_rates"])
             totals, memory = record["seconds"], record["memory"]
             ready = [recording.from_text(text) for text in record["ready"]]
             print(f"resumed {workdir} at step {start}", flush=True)
@@ -66,6 +67,8 @@ def train(config, workdir: Path) -> dict:
                     carry=policy.carry,
                     memory=memory,
                     score=policy.score,
+                    observe=observe,
+                    reward=reward,
                     **config.collect,
                 )
             memory = part.memory
@@ -108,7 +111,7 @@ def train(config, workdir: Path) -> dict:
             if (step + 1) % config.checkpoint.every == 0 or step + 1 == config.steps:
                 coming = source.idle()
                 with metrics.timed(totals, "checkpoint"):
-                    record = {"data": batches.get_state(), "seconds": totals, "memory": memory}
+                    record = {"data": batches.get_state(), "seconds": totals, "memory": memory, "pass_rates": rates}
                     record["ready"] = [recording.to_text(part) for part in coming]
                     checkpoint.save(manager, step + 1, state, record)
     totals["this_process"] = time.perf_counter() - started
@@ -163,6 +166,7 @@ def write(log, config, run, step, part, batch, history, spent: dict, totals: dic
         **asynchrony.lag_metrics(part, step),
         "tokens_per_second": part.sampled_tokens / own_time,
         **{f"seconds_{stage}": seconds for stage, seconds in spent.items()},
+        **metrics.call_metrics(part),
     }
     metrics.append(log, "metrics", record)
     for sample in metrics.sample_records(part, step, config.log.rollouts, run.algorithm.group_size):

@@ -1,8 +1,9 @@
 """How good is a policy: unbiased pass@k, avg@k, maj@k, with confidence intervals over problems."""
 
 import operator
+import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -119,12 +120,130 @@ def critic_scores(predicted, label) -> dict[str, float]:
     }
 
 
+def critic_table(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What the papers report of a critic: its scores on each subset of a benchmark, and over all of them.
+
+    A record holds predicted and label as in `critic_scores`, final_answer_correct where it is known, and its subset:
+    "subset", or else what its id has before the number ("gsm8k" of "processbench/gsm8k-17"). Rows whose label is
+    missing or below -1, unknown, do not count.
+
+    subsets           by name: `critic_scores`, among them process_f1, the harmonic mean of "erroneous" and "correct",
+                      the shares of exact verdicts among flawed and other solutions (ProcessBench, arXiv 2412.06559)
+    average           unweighted mean over the subsets: ProcessBench's last column
+    pooled            all rows as one set, which is what FAPO's script prints as ProcessBench F1
+    flawed_positives  those of right final answers as one set: FlawedPositiveBench (FAPO, arXiv 2510.22543)
+
+    All have "rows" and "no_verdict", the share of rows without one. It counts against the critic; the script of FAPO
+    counts it as a call, which is found where the solution is flawed, and fails where a rate is 0 / 0.
+    """
+    subsets: dict[str, list] = {}
+    for record in records:
+        subsets.setdefault(subset_of(record), []).append(record)
+    table = {name: _critic_row(rows) for name, rows in sorted(subsets.items())}
+    keys = next(iter(table.values()), {})
+    return {
+        "subsets": table,
+        "average": {key: float(np.mean([row[key] for row in table.values()])) for key in keys if key != "rows"},
+        "pooled": _critic_row(records),
+        "flawed_positives": _critic_row([r for r in records if r.get("final_answer_correct")]),
+    }
+
+
+def subset_of(record: Mapping[str, Any]) -> str:
+    return record.get("subset") or str(record["id"]).rpartition("/")[2].rpartition("-")[0]
+
+
+def _critic_row(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    predicted, label = (np.array([r[name] for r in records], float) for name in ("predicted", "label"))
+    predicted, label = predicted[label >= -1], label[label >= -1]
+    exact = predicted == label
+    return {
+        "rows": len(label),
+        "erroneous": _mean(exact[label != -1]),
+        "correct": _mean(exact[label == -1]),
+        **critic_scores(predicted, label),
+        "no_verdict": _mean(~(predicted >= -1)),
+    }
+
+
+def critic_vote(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One record of each id: the verdict that most of its samples give, the first of those that tie.
+
+    Samples without verdict have no vote, and where none has one there is none; as in the published scripts.
+    """
+    by_id: dict[str, list] = {}
+    for record in records:
+        by_id.setdefault(record["id"], []).append(record)
+    voted = []
+    for rows in by_id.values():
+        votes = Counter(row["predicted"] for row in rows if np.asarray(row["predicted"], float) >= -1)
+        voted.append({**rows[0], "predicted": votes.most_common(1)[0][0] if votes else None})
+    return voted
+
+
+def first_error(scores, threshold: float) -> int | None:
+    """The verdict that probabilities of steps are: the first below threshold, -1 where none is; None without any."""
+    if scores is None:
+        return None
+    below = np.flatnonzero(np.asarray(scores) < threshold)
+    return int(below[0]) if below.size else -1
+
+
+def critic_threshold(records: Sequence[Mapping[str, Any]]) -> float:
+    """The threshold on "step_scores" under which a process reward model has its best process_f1 on these records.
+
+    ProcessBench finds it on its subset gsm8k and takes it for all. The least of equally good ones; records without
+    scores are left out.
+
+    Raises:
+      ValueError: no flawed solution among them, or no other.
+    """
+    known = [record for record in records if record["step_scores"] is not None and record["label"] >= -1]
+    label = np.array([record["label"] for record in known])
+    if not np.any(label == -1) or np.all(label == -1):
+        raise ValueError("a threshold needs flawed and other solutions with scores: take a larger or another subset")
+    scores = np.full((len(known), max(len(record["step_scores"]) for record in known)), np.inf)
+    for row, record in zip(scores, known, strict=True):
+        row[: len(record["step_scores"])] = record["step_scores"]
+
+    def quality(threshold) -> float:
+        below = scores < threshold
+        return critic_scores(np.where(below.any(axis=1), below.argmax(axis=1), -1), label)["process_f1"]
+
+    return float(max(np.unique([0.0, 1.0, *scores[np.isfinite(scores)]]), key=quality))
+
+
 def _harmonic_mean(a: float, b: float) -> float:
     return 2 * a * b / (a + b) if a + b else a + b
 
 
 def estimate(per_problem) -> Estimate:
     return Estimate(_mean(per_problem), *confidence_interval(per_problem))
+
+
+def paired_difference(per_problem, baseline) -> Estimate:
+    """Mean over problems of per_problem - baseline and its 95 % interval, of the problems that have both.
+
+    mean ± z · std(ddof 1) / sqrt(problems). Where all differences are equal the half width is z² / (n + z²), Wilson's
+    bound of a share of which none of n was seen (our choice). The problem is the unit, so samples of one count once.
+    """
+    found = np.asarray(per_problem, float) - np.asarray(baseline, float)
+    found = found[~np.isnan(found)]
+    n, mean, z = len(found), _mean(found), 1.96
+    if n == 0:
+        return Estimate(mean, mean, mean)
+    half = z * found.std(ddof=1) / np.sqrt(n) if np.ptp(found) > 0 else z**2 / (n + z**2)
+    return Estimate(mean, max(-1.0, mean - half), min(1.0, mean + half))
+
+
+def mean_of_sets(sets: Sequence[Estimate], *, lowest: float = 0.0) -> Estimate:
+    """Unweighted mean of estimates of different problems; half widths add as squares, ½ sqrt(Σ (high-low)²) / sets.
+
+    `lowest` bounds the interval below, 1 above; -1 for differences. One NaN makes all of it NaN.
+    """
+    mean = float(np.mean([s.mean for s in sets]))
+    half = float(np.sqrt(np.sum([(s.high - s.low) ** 2 for s in sets])) / 2 / len(sets))
+    return Estimate(mean, max(lowest, mean - half), min(1.0, mean + half)) if half == half else Estimate(*[half] * 3)
 
 
 def evaluate(
@@ -149,10 +268,37 @@ def evaluate(
     """
     if not len(examples):
         raise ValueError("there are no problems to evaluate on: give the task some, such as task.evaluation_path")
-    records = []
-    for batch, start in enumerate(range(0, len(examples), batch_prompts)):
-        chosen = [examples[i] for i in range(start, min(start + batch_prompts, len(examples)))]
+    how = dict(samples=samples, batch_prompts=batch_prompts)
+    done = list(parts(engine, weights, task, examples, sampling, key, **how))
+    records = [record for part in done for record in part.records]
+    return summarise(records, samples, done[-1].channels), records
+
+
+class Part(NamedTuple):
+    """One batch of an evaluation: a record a sample, the score channels among their keys, seconds by stage."""
+
+    records: list[dict]
+    channels: list[str]
+    seconds: dict[str, float]
+
+
+def parts(
+    engine: Engine,
+    weights: Any,
+    task: Task,
+    examples: Examples,
+    sampling: Sampling,
+    key: jax.Array,
+    *,
+    samples: int,
+    batch_prompts: int,
+    start: int = 0,
+) -> Iterator[Part]:
+    """The batches of `evaluate` from the one called `start` on; what a batch draws depends on key and its number."""
+    for batch, first in list(enumerate(range(0, len(examples), batch_prompts)))[start:]:
+        chosen = [examples[i] for i in range(first, min(first + batch_prompts, len(examples)))]
         padded = chosen + [chosen[0]] * (batch_prompts - len(chosen))
+        began = time.perf_counter()
         rollout = engine.generate(
             weights,
             Prompts(padded, [task.prompt(example) for example in padded]),
@@ -160,11 +306,13 @@ def evaluate(
             group_size=samples,
             sampling=sampling,
         )
+        sampled = time.perf_counter()
         rows = [example for example in chosen for _ in range(samples)]
         rollout = jax.tree.map(operator.itemgetter(slice(len(rows))), rollout)
         completions = collect.decode(task.tokenizer, rollout)
         scores, errors = task.score(rows, completions)
-        records += [
+        seconds = {"sample": sampled - began, "score": time.perf_counter() - sampled}
+        records = [
             {
                 "id": example["id"],
                 "completion": completion,
@@ -178,11 +326,11 @@ def evaluate(
                 zip(rows, completions, rollout.mask, rollout.truncated, errors, strict=True)
             )
         ]
-    return summarise(records, samples, sorted(scores)), records
+        yield Part(records, sorted(scores), seconds)
 
 
-def summarise(records: Sequence[dict], samples: int, channels: Sequence[str]) -> dict:
-    """pass@k for the powers of two up to `samples`, avg@k, maj@k, channel means, lengths, truncation, error counts.
+def summarise(records: Sequence[dict], samples: int, channels: Sequence[str], ks: Sequence[int] = ()) -> dict:
+    """pass@k, avg@k, maj@k, channel means, lengths, truncation, error counts; pass@k for ks [powers of two].
 
     Channels "predicted" and "label" are a critic's; they give critic_precision and the others of `critic_scores`.
     """
@@ -195,7 +343,7 @@ def summarise(records: Sequence[dict], samples: int, channels: Sequence[str]) ->
         f"pass@{k}": estimate(
             [pass_at_k(n, c, k) if n >= k else np.nan for n, c in zip(scored, right, strict=True)]
         )._asdict()
-        for k in powers
+        for k in ks or powers
     }
     answers = np.array([r["answer"] for r in records], dtype=object).reshape(-1, samples)
     critic = critic_scores(table["predicted"], table["label"]) if {"predicted", "label"} <= set(channels) else {}
@@ -212,3 +360,16 @@ def summarise(records: Sequence[dict], samples: int, channels: Sequence[str]) ->
         "truncated": float(np.mean([r["truncated"] for r in records])),
         "errors": int(np.isnan(correct).sum()),
     }
+
+
+def per_problem(records: Sequence[Mapping], samples: int) -> list[float]:
+    """The share of right samples of each problem, NaN where none was scored; a sample's score may be NaN or None."""
+    rows = np.array([r["correct"] for r in records], float).reshape(-1, samples)
+    return [_mean(row) for row in rows]
+
+
+def completion_rates(records: Sequence[dict]) -> dict[str, float]:
+    """Median and 95th percentile of the lengths, and the share of completions that an answer could be read from."""
+    median, high = np.percentile([r["length"] for r in records], [50, 95])
+    answered = np.mean([r["answer"] is not None for r in records])
+    return {"median_length": float(median), "p95_length": float(high), "answered": float(answered)}

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from tensorboardX import SummaryWriter
 
-from tapojax import advantages
+from tapojax import advantages, resumable
 from tapojax.rollout.collect import Collected
 from tapojax.types import Batch, Scores
 
@@ -49,7 +49,7 @@ def _step_of(line: str) -> int | float:
 
 def append(log: Log, name: str, record: Mapping):
     """Adds one JSON line to `name`.jsonl and its numbers to TensorBoard. NaN and infinities become null."""
-    clean = {key: _plain(value) for key, value in record.items()}
+    clean = resumable.plain(record)
     with open(log.workdir / f"{name}.jsonl", "a") as file:
         file.write(json.dumps(clean) + "\n")
     if log.tensorboard is not None and name in ("metrics", "evaluations"):
@@ -58,17 +58,6 @@ def append(log: Log, name: str, record: Mapping):
             if isinstance(value, float | int) and key != "step":
                 log.tensorboard.add_scalar(f"{name}/{key}", value, clean["step"])
         log.tensorboard.flush()
-
-
-def _plain(value):
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
-    if isinstance(value, str | bool | None):
-        return value
-    value = float(value) if not isinstance(value, int | np.integer) else int(value)
-    return value if np.isfinite(value) else None
 
 
 def rollout_metrics(part: Collected, group_size: int) -> dict:
@@ -94,6 +83,14 @@ def rollout_metrics(part: Collected, group_size: int) -> dict:
         "sampled_rows": part.sampled_rows,
         "sampled_tokens": part.sampled_tokens,
     }
+
+
+def call_metrics(part: Collected) -> dict[str, float]:
+    """Latency of the calls of the task's score function; calls overlap with sampling and with one another."""
+    if not part.call_seconds:
+        return {}
+    mean, largest = np.mean(part.call_seconds), max(part.call_seconds)
+    return {"seconds_per_score_call": float(mean), "seconds_per_score_call_max": largest}
 
 
 def process_metrics(scores: Scores, group_size: int) -> dict:
@@ -202,6 +199,6 @@ def progress_line(record: Mapping, steps: int) -> str:
     numbers = "  ".join(
         f"{label} {form.format(record[key])}" for key, label, form in PROGRESS if record.get(key) is not None
     )
-    stages = [key for key in record if key.startswith("seconds_")]
+    stages = [key for key in record if key.startswith("seconds_") and not key.startswith("seconds_per_")]
     times = " ".join(f"{key.removeprefix('seconds_')} {record[key]:.2f}" for key in stages)
     return f"step {record['step'] + 1:>{len(str(steps))}}/{steps}  {numbers}  | s: {times}"

@@ -90,7 +90,7 @@ def replay(folder: Path, *, steps: int, rows: int) -> Source:
                 f"{file} has {len(part.rollout.tokens)} rows, this config has prompts_per_step * group_size = {rows}: "
                 "replay with the config of the recorded run"
             )
-        return part._replace(seconds={})
+        return part._replace(seconds={}, call_seconds=())
 
     return Source(next_batch, lambda: [])
 

@@ -42,20 +42,6 @@ def before_after_table(before: Mapping, after: Mapping) -> str:
     return "\n".join([title, "|---|---|---|", *rows])
 
 
-def results_table(results: Mapping) -> str:
-    """Markdown: one evaluation, rates with their 95 % interval."""
-    rows = [
-        f"| {name} | {estimate_text(value)} |"
-        for name, value in results.items()
-        if isinstance(value, dict) and "mean" in value
-    ]
-    rows += [
-        f"| {name} | {value:.3f} |" for name, value in results.items() if isinstance(value, float) and name != "seconds"
-    ]
-    title = f"| {results['policy']}, {results['problems']} problems x {results['samples']} samples | |"
-    return "\n".join([title, "|---|---|", *rows, f"| errors | {results['errors']} |"])
-
-
 def estimate_text(value: Mapping) -> str:
     """mean [low, high]."""
     return f"{_number(value['mean'])} [{_number(value['low'])}, {_number(value['high'])}]"

@@ -149,7 +149,10 @@ class Engine(NamedTuple):
     # (params, version) -> weights of their own, which stay when params are given away; called by the thread that
     # trains, also while generate runs in another one, which goes on with the weights it has
     load: Callable[[Params, int], Any]
-    generate: Callable[..., Rollout]  # (weights, prompts, key, *, group_size, sampling, temperature, carry) -> rollout
+    # (weights, prompts, key, *, group_size, sampling, temperature, carry, finished) -> rollout; where it is given,
+    # `finished(row, tokens)` is called once for each row as soon as its completion is known, by any thread, and returns
+    # at once; what it raises ends generation and is raised by generate
+    generate: Callable[..., Rollout]
     # the same where the completions come scored: -> (rollout, scores by channel, error text or None by row)
     generate_scored: Callable[..., tuple[Rollout, Scores, Sequence[str | None]]] | None = None
     # (params, version) -> weights, while generate runs elsewhere: its remaining tokens come from the new weights

@@ -265,6 +265,84 @@ def test_no_problems_is_an_error():
         run(is_answer, 0)
 
 
+def test_an_evaluation_goes_on_in_the_middle_with_the_same_draws():
+    calls = []
+    given = ("weights", fake_task(is_answer), problems(7), Sampling(2), jax.random.key(0))
+    whole = list(evaluation.parts(fake_engine(calls), *given, samples=2, batch_prompts=3))
+    rest = list(evaluation.parts(fake_engine(calls), *given, samples=2, batch_prompts=3, start=1))
+    assert [part.records for part in rest] == [part.records for part in whole[1:]]
+    keys = [key for _, _, key, *_ in calls]
+    assert keys[3:] == keys[1:3], "a batch's key depends on its number"
+    assert whole[0].channels == ["correct", "style"] and whole[0].seconds.keys() == {"sample", "score"}
+
+
+def test_pass_at_the_asked_ks():
+    records = run(is_answer, 2, samples=3)[1]
+    results = evaluation.summarise(records, 3, ["correct", "style"], [1, 3])
+    assert [name for name in results if name.startswith("pass@")] == ["pass@1", "pass@3"]
+    assert results["pass@3"]["mean"] == 1.0
+
+
+def test_what_completions_are_like():
+    """Of A, B, C, D: C is cut off and one token shorter, D gives no answer."""
+    records = run(is_answer, 5, samples=4)[1]
+    rates = evaluation.completion_rates(records)
+    assert rates == {"median_length": 2.0, "p95_length": 2.0, "answered": 0.75}
+    assert evaluation.per_problem(records, 4) == [0.25] * 5
+    records[0]["correct"] = records[1]["correct"] = NAN
+    assert evaluation.per_problem(records, 4)[0] == 0.0, "of the scored ones"
+    assert np.isnan(evaluation.per_problem([{"correct": NAN}], 1)[0])
+
+
+# ---- differences and means over sets
+
+
+def test_a_paired_difference_by_hand():
+    ours, theirs = [1.0, 0.5, 0.75, NAN, 1.0], [0.5, 0.5, 0.25, 1.0, NAN]
+    mean, low, high = evaluation.paired_difference(ours, theirs)
+    half = 1.96 * np.std([0.5, 0.0, 0.5], ddof=1) / np.sqrt(3)
+    np.testing.assert_allclose([mean, low, high], [1 / 3, 1 / 3 - half, 1 / 3 + half])
+    back = evaluation.paired_difference(theirs, ours)
+    np.testing.assert_allclose([back.mean, back.low, back.high], [-mean, -high, -low])
+
+
+def test_equal_differences_still_leave_doubt():
+    n, bound = 30, 1.96**2 / (30 + 1.96**2)
+    np.testing.assert_allclose(evaluation.paired_difference([0.5] * n, [0.5] * n), [0, -bound, bound])
+    np.testing.assert_allclose(evaluation.paired_difference([1.0] * n, [0.0] * n), [1, 1 - bound, 1])
+    assert np.isnan(evaluation.paired_difference([NAN], [1.0])).all()
+
+
+def test_pairing_sees_what_two_intervals_do_not():
+    """Problems differ much in difficulty, the policies by 0.05 on each."""
+    rng = np.random.default_rng(0)
+    base = rng.uniform(0.1, 0.8, 60)
+    ours = base + 0.05 + rng.normal(0, 0.05, 60)
+    assert evaluation.paired_difference(ours, base).low > 0
+    assert evaluation.estimate(ours).low < evaluation.estimate(base).high
+
+
+def test_paired_intervals_cover_the_truth():
+    rng, covered = np.random.default_rng(1), 0
+    for _ in range(1000):
+        p = rng.beta(0.8, 1.2, 50)
+        a, b = rng.binomial(8, p) / 8, rng.binomial(8, np.clip(p + 0.1, 0, 1)) / 8
+        _, low, high = evaluation.paired_difference(b, a)
+        covered += low <= np.mean(np.clip(p + 0.1, 0, 1) - p) <= high
+    assert covered > 930
+
+
+def test_the_mean_over_sets_by_hand():
+    """Half widths 0.1 and 0.2 of two sets: sqrt(0.01 + 0.04) / 2."""
+    sets = [evaluation.Estimate(0.5, 0.4, 0.6), evaluation.Estimate(0.3, 0.1, 0.5)]
+    half = np.sqrt(0.05) / 2
+    np.testing.assert_allclose(evaluation.mean_of_sets(sets), [0.4, 0.4 - half, 0.4 + half])
+    assert evaluation.mean_of_sets(sets[:1]) == pytest.approx(sets[0])
+    assert evaluation.mean_of_sets([evaluation.Estimate(0.0, -0.2, 0.2)], lowest=-1.0).low == pytest.approx(-0.2)
+    assert evaluation.mean_of_sets([evaluation.Estimate(0.0, 0.0, 0.2)]).low == 0.0
+    assert np.isnan(evaluation.mean_of_sets([*sets, evaluation.estimate([NAN])])).all()
+
+
 # ---- critics
 
 

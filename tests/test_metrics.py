@@ -147,6 +147,28 @@ def test_rollout_metrics_by_hand():
 
 
 @pytest.mark.filterwarnings("error")
+def test_costs_of_a_judge_are_means_over_the_rows_that_were_judged():
+    """Channels <channel>_seconds, _tokens, _tries, _cached; wrong rows cost nothing and are NaN."""
+    part = collected([1, 0, 1, 0])
+    costs = {
+        "flawed_seconds": np.array([0.5, NAN, 1.5, NAN]),
+        "flawed_cached": np.array([0.0, NAN, 1.0, NAN]),
+        "flawed_tries": np.full(4, NAN),
+    }
+    got = metrics.rollout_metrics(part._replace(scores={**part.scores, **costs}), 2)
+    assert (got["score_flawed_seconds"], got["score_flawed_cached"]) == (1.0, 0.5)
+    assert np.isnan(got["score_flawed_tries"]), "nobody was asked"
+
+
+def test_calls_of_the_score_function_are_told_by_mean_and_maximum():
+    part = collected([1, 0])._replace(call_seconds=[0.5, 1.0, 3.0])
+    assert metrics.call_metrics(part) == {"seconds_per_score_call": 1.5, "seconds_per_score_call_max": 3.0}
+    assert metrics.call_metrics(collected([1, 0])) == {}, "rollout servers have scored"
+    record = {"step": 0, "seconds_sample": 0.25, **metrics.call_metrics(part)}
+    assert metrics.progress_line(record, 9).endswith("| s: sample 0.25"), "calls overlap: they are no stage"
+
+
+@pytest.mark.filterwarnings("error")
 def test_a_batch_without_scores_has_no_accuracy():
     part = collected([NAN] * 4)
     assert np.isnan(metrics.rollout_metrics(part, 2)["accuracy"])

@@ -42,18 +42,6 @@ def test_a_rate_of_nothing_is_shown_as_none():
     assert "| avg@4 | 0.250 | none |" in table
 
 
-def test_results_table():
-    results = AFTER | {"policy": "mine-40", "config": {"seed": 0}, "errors": 3}
-    assert report.results_table(results).splitlines() == [
-        "| mine-40, 256 problems x 4 samples | |",
-        "|---|---|",
-        "| pass@1 | 0.812 [0.790, 0.840] |",
-        "| avg@4 | 0.812 |",
-        "| mean_process | 0.500 |",
-        "| errors | 3 |",
-    ]
-
-
 def test_read_jsonl(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"step": 0}\n{"step": 1}\n')
     assert report.read_jsonl(tmp_path / "a.jsonl") == [{"step": 0}, {"step": 1}]

@@ -11,8 +11,8 @@ Differs from DAPO without dynamic sampling: the prompts.
 from typing import Any
 
 from tapojax import schedules
+from tapojax.algorithms import hints
 from tapojax.algorithms.dapo import dapo
-from tapojax.rewards import surgery
 from tapojax.types import Algorithm, Task
 
 
@@ -58,8 +58,7 @@ def rtpo(
     def hinted(example, tokens, share):
         if (solution := solve(example)) is None:
             raise ValueError(f"{example['id']!r} has no worked solution: set task.solution_key, or leave such rows out")
-        whole = task.tokenizer.encode(solution[0], add_special_tokens=False)
-        hint = surgery.whole_characters(task.tokenizer, whole[: schedules.kept_tokens(share, len(whole))])
+        hint = hints.cut(task.tokenizer, solution[0], share)
         return place(example, hint) if hint else tokens
 
     parent = dapo(group_size=group_size, max_tokens=max_tokens, clip_low=clip_low, clip_high=clip_high)

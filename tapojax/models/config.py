@@ -5,6 +5,9 @@ import dataclasses
 # What the backward pass keeps of a block: all, or what the policy of this name in jax.checkpoint_policies says.
 DTYPES = ("float32", "bfloat16", "float16")
 REMAT = ("none", "nothing_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable")
+# How the architecture's name ends, where a head scores tokens: the whole row by its last one, or each by itself.
+OUTCOME_KINDS = ("ForSequenceClassification", "ForRewardModel")
+PROCESS_KINDS = ("ForTokenClassification", "ForProcessRewardModel")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,6 +18,16 @@ class Llama3Rope:
     low_freq_factor: float
     high_freq_factor: float
     original_max_position: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoreHead:
+    """Logits of `labels` at each token instead of the next one's: linear, or Linear-ReLU-Linear where hidden > 0."""
+
+    kind: str  # one of OUTCOME_KINDS or PROCESS_KINDS
+    labels: int
+    bias: bool = False  # of the linear one; the two of the other always have theirs
+    hidden: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +49,7 @@ class DecoderConfig:
     mlp_bias: bool = False
     qk_norm: bool = False
     tie_embeddings: bool = False
+    score: ScoreHead | None = None  # of a reward model, which has no vocabulary head
     initializer_range: float = 0.02
     # execution
     dtype: str = "float32"  # of activations and matrix products; params keep param_dtype

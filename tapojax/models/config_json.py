@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tapojax.models import safetensors_folder
-from tapojax.models.config import DecoderConfig, Llama3Rope
+from tapojax.models.config import OUTCOME_KINDS, PROCESS_KINDS, DecoderConfig, Llama3Rope, ScoreHead
 from tapojax.models.safetensors_folder import PathLike
 
 # Our field -> their key, its type, and the default of all three families (... where there is none)
@@ -21,7 +21,7 @@ KEYS = {
     "tie_embeddings": ("tie_word_embeddings", bool, False),
     "initializer_range": ("initializer_range", float, 0.02),
 }
-ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
+FAMILIES = {"qwen2": "Qwen2", "qwen3": "Qwen3", "llama": "Llama"}
 EXECUTION = ("dtype", "param_dtype", "remat", "unroll", "initializer_range")  # fields that do not shape a checkpoint
 
 
@@ -41,7 +41,7 @@ def read_config(path: PathLike) -> DecoderConfig:
     dtype_key = "dtype" if "dtype" in raw else "torch_dtype"
     dtype = raw.get(dtype_key, "float32")
     supported = {
-        "model_type": (family in ARCHITECTURES, " or ".join(ARCHITECTURES)),
+        "model_type": (family in FAMILIES, " or ".join(FAMILIES)),
         "hidden_act": (raw.get("hidden_act", "silu") == "silu", "silu"),
         "use_sliding_window": (not raw.get("use_sliding_window"), "false"),
         "layer_types": (set(raw.get("layer_types") or ()) <= {"full_attention"}, "full_attention alone"),
@@ -63,6 +63,34 @@ def read_config(path: PathLike) -> DecoderConfig:
         qk_norm=family == "qwen3",
         dtype=dtype,
     )
+
+
+def read_classifier(path: PathLike) -> DecoderConfig:
+    """The shape of a reward model's checkpoint: its decoder as read_config has it, and its score head.
+
+    The head's own tensors give its layout and labels: config.json need not say how many there are.
+
+    Raises:
+      ValueError: what read_config refuses, another architecture, a head of another layout.
+    """
+    config, folder = read_config(path), safetensors_folder.existing(path)
+    architecture, *_ = safetensors_folder.read_json(folder / "config.json").get("architectures") or [""]
+    kind, known = "For" + architecture.partition("For")[2], OUTCOME_KINDS + PROCESS_KINDS
+    if kind not in known:
+        raise ValueError(
+            f"{folder / 'config.json'}: architectures={architecture!r} is no reward model that is read here; its name "
+            f"should end in {', '.join(known)}"
+        )
+    with safetensors_folder.opened(folder) as found:
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name, file in found.items()}
+    if (last := shapes.get("score.weight") or shapes.get("score.2.weight")) is None:
+        others = safetensors_folder.enumerate_names(name for name in shapes if not name.startswith("model."))
+        raise ValueError(
+            f"{folder} holds no score head: expected score.weight, or score.0.weight and score.2.weight, there are "
+            f"{others or 'only the tensors of the decoder'}"
+        )
+    hidden = 0 if "score.weight" in shapes else last[-1]
+    return dataclasses.replace(config, score=ScoreHead(kind, last[0], "score.bias" in shapes, hidden))
 
 
 def _read_rope(raw: Mapping[str, Any], origin: Path) -> dict[str, Any]:
@@ -105,7 +133,7 @@ def to_json(
         rope["original_max_position_embeddings"] = rope.pop("original_max_position")
     tokens = {"bos_token_id": bos_token_id, "eos_token_id": eos_token_id, "pad_token_id": pad_token_id}
     return {
-        "architectures": [ARCHITECTURES[family]],
+        "architectures": [FAMILIES[family] + ("ForCausalLM" if config.score is None else config.score.kind)],
         "model_type": family,
         **{key: getattr(config, field) for field, (key, _, _) in KEYS.items()},
         "num_key_value_heads": config.num_kv_heads,
@@ -119,8 +147,14 @@ def to_json(
         "rope_parameters": {**rope, "rope_theta": config.rope_theta},
         "dtype": dtype,
         "torch_dtype": dtype,
+        **({} if config.score is None else _labels(config.score)),
         **{key: value for key, value in tokens.items() if value is not None},
     }
+
+
+def _labels(head: ScoreHead) -> dict[str, Any]:
+    names = {str(label): f"LABEL_{label}" for label in range(head.labels)}
+    return {"id2label": names, "label2id": {name: int(label) for label, name in names.items()}}
 
 
 def _family(config: DecoderConfig) -> str:
@@ -154,7 +188,8 @@ def write_config(
     """
     raw = to_json(config, dtype=dtype, **keys)
     if source is not None and (Path(source) / "config.json").exists():
-        ours, theirs = dataclasses.asdict(config), dataclasses.asdict(read_config(source))
+        read = read_config if config.score is None else read_classifier
+        ours, theirs = dataclasses.asdict(config), dataclasses.asdict(read(source))
         differing = [f for f in ours if f not in EXECUTION and ours[f] != theirs[f]]
         listed = [f"{field}={ours[field]} (source: {theirs[field]})" for field in differing]
         safetensors_folder.refuse(f"config is not that of {source}", {"differing": listed}, "Pass the trained one")

@@ -109,7 +109,7 @@ class Decoder(nn.Module):
         config = self.config
         init = nn.initializers.normal(config.initializer_range)
         embedding = self.param("embedding", init, (config.vocab_size, config.hidden_size), config.param_dtype)
-        if not config.tie_embeddings:
+        if not config.tie_embeddings and config.score is None:
             self.param("head", init, (config.vocab_size, config.hidden_size), config.param_dtype)
         x = sharding.constrain(embedding[tokens].astype(config.dtype), "batch", None, None)
         cos, sin = rotary_tables(config, jnp.arange(tokens.shape[1])[None])
@@ -122,7 +122,29 @@ class Decoder(nn.Module):
             unroll=config.num_layers if config.unroll else 1,
         )
         x, handed_out = blocks(config, self.attend, name="layers")(x, cos, sin)
-        return rms_norm(config, name="final_norm")(x), handed_out
+        x = rms_norm(config, name="final_norm")(x)
+        if config.score is not None and self.is_initializing():
+            Score(config, name="score")(x)
+        return x, handed_out
+
+
+class Score(nn.Module):
+    """The head of a reward model, applied like the vocabulary's: elsewhere."""
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T C"]:
+        head: Any = self.config.score
+        dense = functools.partial(
+            nn.Dense,
+            dtype=self.config.dtype,
+            param_dtype=self.config.param_dtype,
+            kernel_init=nn.initializers.normal(self.config.initializer_range),
+        )
+        if not head.hidden:
+            return dense(head.labels, use_bias=head.bias, name="linear")(x)
+        return dense(head.labels, name="output")(nn.relu(dense(head.hidden, name="hidden")(x)))
 
 
 def rematerialised(block: type[nn.Module], config: DecoderConfig) -> type[nn.Module]:
@@ -150,6 +172,12 @@ def head(params) -> Float[Array, "D V"]:
 def hidden_states(config: DecoderConfig, params, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
     """The residual stream after the last norm; position t has seen tokens[:, :t + 1]."""
     return Decoder(config).apply({"params": params}, tokens)[0]
+
+
+def label_logits(config: DecoderConfig, params, tokens: Int[Array, "B T"]) -> Float[Array, "B T C"]:
+    """What a reward model says at each token, in float32; position t has seen tokens[:, :t + 1]."""
+    hidden = hidden_states(config, params, tokens)
+    return _apply(Score(config), params["score"], hidden).astype(jnp.float32)
 
 
 def _apply(module: nn.Module, params, *args) -> Any:

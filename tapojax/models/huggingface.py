@@ -23,7 +23,8 @@ from tapojax.models.config import DecoderConfig
 from tapojax.models.safetensors_folder import PathLike
 
 # Our path -> their name, and the move from their axes to ours.
-# v vocabulary, d width, f MLP width, n heads, k key-value heads, h head dimension; the layer axis is not written.
+# v vocabulary, d width, f MLP width, n heads, k key-value heads, h head dimension, c labels of a score head, s its
+# hidden width; the layer axis is not written.
 TABLE = {
     "embedding": ("model.embed_tokens.weight", "v d -> v d"),
     "head": ("lm_head.weight", "v d -> v d"),
@@ -46,6 +47,12 @@ TABLE = {
     "layers/up/bias": ("model.layers.{layer}.mlp.up_proj.bias", "f -> f"),
     "layers/down/kernel": ("model.layers.{layer}.mlp.down_proj.weight", "d f -> f d"),
     "layers/down/bias": ("model.layers.{layer}.mlp.down_proj.bias", "d -> d"),
+    "score/linear/kernel": ("score.weight", "c d -> d c"),
+    "score/linear/bias": ("score.bias", "c -> c"),
+    "score/hidden/kernel": ("score.0.weight", "s d -> d s"),
+    "score/hidden/bias": ("score.0.bias", "s -> s"),
+    "score/output/kernel": ("score.2.weight", "c s -> s c"),
+    "score/output/bias": ("score.2.bias", "c -> c"),
 }
 
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -92,6 +99,7 @@ def _axis_sizes(config: DecoderConfig) -> dict[str, int]:
         "n": config.num_heads,
         "k": config.num_kv_heads,
         "h": config.head_dim,
+        **({} if config.score is None else {"c": config.score.labels, "s": config.score.hidden}),
     }
 
 
@@ -105,15 +113,16 @@ def load_params(path: PathLike, config: DecoderConfig, *, dtype: str | None = No
     """Params as numpy arrays of `dtype` (config.param_dtype if None) from model.safetensors or its shards.
 
     Every array is allocated once and filled tensor by tensor from memory-mapped files. The tensors must be exactly
-    those of the config, but for two leftovers: the rotary inv_freq buffers of old transformers, which follow from
-    rope_theta, and an lm_head.weight beside tied embeddings that equals them.
+    those of the config, but for three leftovers: the rotary inv_freq buffers of old transformers, which follow from
+    rope_theta, an lm_head.weight beside tied embeddings that equals them, and one that a reward model kept of the
+    language model it was made from (Qwen2.5-Math-PRM does), which no score depends on.
 
     Raises:
       ValueError: missing, unexpected or misshapen tensors, all of them named; a missing, truncated or doubtful file.
     """
     folder = safetensors_folder.existing(path)
     with safetensors_folder.opened(folder) as found:
-        _check_tensors(folder, manifest(config), found)
+        _check_tensors(folder, config, found)
         return _gathered(config, dtype, lambda name: found[name].get_tensor(name))
 
 
@@ -141,7 +150,8 @@ def _gathered(config: DecoderConfig, dtype: str | None, tensor_of: Callable[[str
     return traverse_util.unflatten_dict(flat, sep="/")
 
 
-def _check_tensors(folder: Path, expected: Mapping[str, Tensor], found: Mapping[str, Any]):
+def _check_tensors(folder: Path, config: DecoderConfig, found: Mapping[str, Any]):
+    expected = manifest(config)
     slices = {name: file.get_slice(name) for name, file in found.items()}
     second_head = "lm_head.weight" in found and "lm_head.weight" not in expected
     leftovers = [name for name in found if name.endswith("rotary_emb.inv_freq")] + ["lm_head.weight"] * second_head
@@ -153,7 +163,7 @@ def _check_tensors(folder: Path, expected: Mapping[str, Tensor], found: Mapping[
     problems["not float"] = [f"{name} {dtype}" for name, dtype in dtypes.items() if dtype not in FLOATS]
     fix = "Pass the config that read_config gives for this folder; if it is that one, the folder is damaged"
     safetensors_folder.refuse(f"{folder} does not hold the tensors of this config", problems, fix)
-    if second_head and not _equal(found, "lm_head.weight", "model.embed_tokens.weight"):
+    if second_head and config.score is None and not _equal(found, "lm_head.weight", "model.embed_tokens.weight"):
         raise ValueError(
             f"{folder}: tie_word_embeddings is true, yet lm_head.weight differs from model.embed_tokens.weight: set it "
             "to false in config.json to use both, or delete lm_head.weight"

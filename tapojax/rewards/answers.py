@@ -8,6 +8,7 @@ The comparison goes from cheap and safe to dear and dangerous: the same spelling
 then math-verify in a worker process under a deadline (`equality`, `pool`).
 """
 
+import decimal
 import fractions
 import itertools
 import os
@@ -25,6 +26,11 @@ MAX_DEPTH = 12  # brackets within brackets
 MAX_WORDS = 3  # a gold answer of more words is a sentence, and has more than one right wording
 INTEGER = re.compile(r"[-+]?\d+")
 RATIO = re.compile(r"([-+]?)(?:(\d+) ?/ ?(\d+)|\\frac ?\{([-+]?\d+)\} ?\{(\d+)\})")
+TOWER = re.compile(r"\d+(?: ?\^ ?(?:\{ ?)?\d+)+[ }]*")
+UNREADABLE = re.compile(r"[\x00-\x08\x0e-\x1f\x7f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")  # and writing backwards
+DECIMAL = re.compile(r"([-+]?\d*\.?\d+)(?: ?\\(?:times|cdot) ?10 ?\^ ?(?:\{ ?)?([-+]?\d{1,15})[ }]*)?")
+# 10^(10^18) is the largest number it holds; above is infinity
+HUGE = decimal.Context(prec=30, Emax=decimal.MAX_EMAX, Emin=decimal.MIN_EMIN, traps=[])
 
 _shared: dict[int, pool.Pool] = {}  # by process id: a forked child makes its own
 _shared_lock = threading.Lock()
@@ -37,11 +43,11 @@ class Grade(NamedTuple):
     error: str | None
 
 
-def extract(text: str) -> str | None:
+def extract(text: str, *, side_by_side: bool = False) -> str | None:
     """The final answer of a completion, or None when it gives none; `spans.find` says where it is looked for."""
-    if (span := spans.find(text)) is None:
+    if (span := spans.find(text, side_by_side=side_by_side)) is None:
         return None
-    answer = re.sub(r"<<[^<>]*>>", "", text[slice(*span)]).strip()
+    answer = re.sub(r"<<[^<>]*>>", "", spans.join(text[slice(*span)])).strip()
     behind_hashes = text[max(0, span[0] - 100) : span[0]].rstrip().endswith("####")
     return re.sub(r"[$€£,]", "", answer) if behind_hashes else answer
 
@@ -55,6 +61,7 @@ def grade(
 ) -> list[Grade]:
     r"""Grades each completion against the gold answer at its place.
 
+    Boxes side by side are one answer, a list: whoever writes `\boxed{1}, \boxed{2}` for 2 is wrong.
     A gold answer is a string such as `1,234`, `\frac{1}{2}` or `336^\circ`, or a solution with a `\boxed{}` or `####`.
     `deadline_s` bounds one comparison, from the moment a worker begins it; equal pairs are compared once.
     `workers` is a pool over `CHECKER`; by default the program shares one, started when first needed.
@@ -71,7 +78,8 @@ def grade(
         if not isinstance(text, str):
             name = f"completion {index}" if index < len(answers) else f"gold answer {index - len(answers)}"
             raise ValueError(f"{name} is {text!r:.80}, a {type(text).__name__}; convert it to a string first")
-    pairs = [(extract(completion), answer) for completion, answer in zip(completions, answers, strict=True)]
+    given = [extract(completion, side_by_side=True) for completion in completions]
+    pairs = list(zip(given, answers, strict=True))
     compared = {pair: _compare_spelling(*pair) for pair in dict.fromkeys(pairs)}
     items = {pair: item for pair, item in compared.items() if not isinstance(item, Grade)}
     grades = {pair: verdict for pair, verdict in compared.items() if isinstance(verdict, Grade)}
@@ -94,9 +102,12 @@ def _compare_spelling(prediction: str | None, gold: str) -> Grade | tuple[list[s
     """The verdict if it can be had without mathematics, else the gold answers and the prediction for `equality`."""
     if prediction is None or not _plausible(prediction):
         return Grade(False, None)
-    gold_answer = extract(gold) or gold if "boxed" in gold or "####" in gold else gold
+    gold_answer = extract(gold, side_by_side=True) or gold if "boxed" in gold or "####" in gold else gold
     if not _plausible(gold_answer):
-        return Grade(None, f"gold answer {gold_answer[:50]!r}... is over {MAX_LENGTH} characters or depth {MAX_DEPTH}")
+        return Grade(
+            None,
+            f"gold answer {gold_answer[:50]!r}... is over {MAX_LENGTH} characters or depth {MAX_DEPTH}, or not text",
+        )
     tidied, tidy_gold = spelling.tidy(prediction), spelling.tidy(gold_answer)
     if not tidy_gold:
         return Grade(None, f"gold answer {gold!r} is empty")
@@ -109,10 +120,14 @@ def _compare_spelling(prediction: str | None, gold: str) -> Grade | tuple[list[s
     as_fraction = "%" in gold_answer and "%" not in prediction
     golds = [tidy_gold, rf"\frac{{{tidy_gold}}}{{100}}"] if as_fraction else [tidy_gold]
     value, gold_values = _rational(tidied), [_rational(text) for text in golds]
-    return (golds, tidied) if value is None or None in gold_values else Grade(value in gold_values, None)
+    if value is not None and None not in gold_values:
+        return Grade(value in gold_values, None)
+    return Grade(False, None) if all(_sizes_differ(tidied, text) for text in golds) else (golds, tidied)
 
 
 def _plausible(answer: str) -> bool:
+    if UNREADABLE.search(answer):
+        return False
     depths = itertools.accumulate((c in "([{") - (c in ")]}") for c in answer[:MAX_LENGTH])
     return len(answer) <= MAX_LENGTH and max(depths, default=0) <= MAX_DEPTH
 
@@ -125,3 +140,27 @@ def _rational(tidied: str) -> fractions.Fraction | None:
         return None
     sign, numerator, denominator = match[1] or "+", int(match[2] or match[4]), int(match[3] or match[5])
     return fractions.Fraction(int(f"{sign}1") * numerator, denominator) if denominator else None
+
+
+def _sizes_differ(a: str, b: str) -> bool:
+    """Whether both are numbers of different size, one of them a power, such as 9^9^9 that no worker could write out."""
+    one, other = (_size(text) for text in (a, b)) if "^" in a + b else (None, None)
+    if one is None or other is None:
+        return False
+    small, large = sorted((one, other))
+    far = large.is_infinite() or HUGE.subtract(large, small) > HUGE.multiply(large, decimal.Decimal("1e-9"))
+    return small.is_finite() and far
+
+
+def _size(tidied: str) -> decimal.Decimal | None:
+    """The value of a rational number, a power of ten or a tower of integers to 30 digits, None for anything else."""
+    if TOWER.fullmatch(tidied):
+        value = decimal.Decimal(1)
+        for base in reversed(re.findall(r"\d+", tidied)):
+            value = HUGE.power(HUGE.create_decimal(base), value)
+        return None if value.is_nan() else value
+    if match := DECIMAL.fullmatch(tidied):
+        return HUGE.create_decimal(f"{match[1]}e{match[2] or 0}")
+    if (ratio := _rational(tidied)) is None:
+        return None
+    return HUGE.divide(HUGE.create_decimal(ratio.numerator), HUGE.create_decimal(ratio.denominator))

@@ -5,16 +5,21 @@ search for an answer in free text, its removal of units (`3m+2t` = `3m+2`) and i
 (`43_5` = `43_6`) are not used: `spelling` has done that work, and the whole string must parse.
 """
 
+import itertools
 import logging
 import re
 from collections.abc import Callable
 
 BASE = re.compile(r"([-+]?\d[\dA-F]*)_\{?(\d+)\}?")
 RELATIVE_TOLERANCE = 1e-4
+ROUNDED = 1e-2  # the same for a chain such as x = 10/3 = 3.33
+# sympy takes these letters for constants, so "I = 5" is no definition to it
+CONSTANT_IS = re.compile(r" ?[Iei](?:_(?:\{[A-Za-z0-9]+\}|[A-Za-z0-9]))? ?=(?!.*[=<>,])")
+IMAGINARY = re.compile(r"(?<![A-Za-z\\])i(?![A-Za-z])")  # to the parser i is any symbol, and I the imaginary unit
 PRIME = re.compile(r"(?<=[A-Za-z)])'|\\prime")
 
 
-def _far_apart(gold, prediction) -> bool:
+def _far_apart(gold, prediction, tolerance: float = RELATIVE_TOLERANCE) -> bool:
     """Whether both are numbers and surely different. Saves a symbolic proof that they differ, and tells tiny numbers
     apart, which math-verify does not: it compares to 6 decimals."""
     from sympy import Eq, Expr, Symbol
@@ -27,7 +32,7 @@ def _far_apart(gold, prediction) -> bool:
     a, b = gold.evalf(), prediction.evalf()
     if not (a.is_finite and b.is_finite):
         return False
-    return bool(abs(a - b) > RELATIVE_TOLERANCE * (abs(a) if a != 0 else 1))
+    return bool(abs(a - b) > tolerance * (abs(a) if a != 0 else 1))
 
 
 def checker() -> Callable[[tuple[list[str], str]], bool]:
@@ -48,18 +53,37 @@ def checker() -> Callable[[tuple[list[str], str]], bool]:
             f"${text}$", config, fallback_mode="no_fallback", extraction_mode="first_match", parsing_timeout=None
         )
 
-    def check_one(gold: str, prediction: str) -> bool:
+    def equal(gold: str, prediction: str) -> bool:
         if not (parsed := parse(gold)):
             raise ValueError(f"gold answer {gold!r} cannot be parsed")
+        predicted = parse(prediction)
+        if not predicted or _far_apart(parsed[0], predicted[0]):
+            return False
+        return math_verify.verify(parsed, predicted, timeout_seconds=None, raise_on_error=True) and not false(
+            prediction
+        )
+
+    def false(chain: str) -> bool:
+        """Whether it calls different numbers equal, as `4 = 5`, whose last number may well be the answer."""
+        parts = chain.split("=")
+        if len(parts) == 1 or any(part.count("{") != part.count("}") for part in parts):
+            return False
+        sides = [parsed[0] for part in parts if (parsed := parse(part))]
+        return any(_far_apart(*pair, ROUNDED) for pair in itertools.pairwise(sides))
+
+    def check_one(gold: str, prediction: str) -> bool:
+        if ("=" in gold) != ("=" in prediction):
+            gold, prediction = CONSTANT_IS.sub("", gold), CONSTANT_IS.sub("", prediction)
         if len(PRIME.findall(gold)) != len(PRIME.findall(prediction)):
             return False
         if gold_base := BASE.fullmatch(gold):
             base = BASE.fullmatch(prediction)
             return prediction == gold_base[1] or (base is not None and base.groups() == gold_base.groups())
-        predicted = parse(prediction)
-        if not predicted or _far_apart(parsed[0], predicted[0]):
-            return False
-        return math_verify.verify(parsed, predicted, timeout_seconds=None, raise_on_error=True)
+        if equal(gold, prediction):
+            return True
+        both = gold + prediction
+        with_unit = IMAGINARY.search(both) and not re.search("[I_]", both)
+        return bool(with_unit) and equal(IMAGINARY.sub("I", gold), IMAGINARY.sub("I", prediction))
 
     def check(item: tuple[list[str], str]) -> bool:
         golds, prediction = item

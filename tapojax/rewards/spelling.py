@@ -23,6 +23,8 @@ SIGNS = {
 }  # fmt: skip
 TRANSLATION = str.maketrans(SIGNS)
 WORD = r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|math(?:rm|bf|it|sf|tt)|[mh]box)(?![a-zA-Z])\s*\{([^{}]*)\}"
+IN_RADIANS = re.compile(r"\(\\frac\{([\d.]+)\\pi\}\{180\}\)")
+DEGREE = r"(?:\^ ?\{ ?\\circ ?\}|\^ ?\\circ(?![a-zA-Z])|\\degree(?![a-zA-Z]))"
 
 # in this order; none of them can look twice at an unbounded stretch
 REWRITES = [
@@ -36,7 +38,13 @@ REWRITES = [
         (r"(?<!\\)\\[,;: ]|\\q?quad(?![a-zA-Z])|~", " "),
         (r"\\(?:left|right) ?\.", ""),
         (r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|textstyle|limits|thinspace)(?![a-zA-Z])", ""),
-        (r"\^ ?\{ ?\\circ ?\}|\^ ?\\circ(?![a-zA-Z])|\\degree(?![a-zA-Z])", " "),
+        (
+            rf"(\\(?:sin|cos|tan|cot|sec|csc)) ?(?:(\(|\{{) ?)?(\d+(?:\.\d+)?) ?{DEGREE}(?(2) ?[)}}])",
+            r"\1(\\frac{\3\\pi}{180})",
+        ),
+        (rf"{DEGREE}(?: ?(?:\\(?:text|mathrm) ?\{{)? ?[CF]\b\}}?)?", " "),
+        (r"\\langle(?![a-zA-Z]) ?", "("),
+        (r" ?\\rangle(?![a-zA-Z])", ")"),
         (r" ?\\?%| ?\b(?:percent(?:age)?|pct)\b", ""),
         (r"\b([ap])\. ?m\b\.?", r"\1m"),
         (r"(?<=\d) ?(\\text ?\{)? ?\bthousand\b", r"\\times 10^{3} \1"),
@@ -55,7 +63,7 @@ REWRITES = [
         (r"(?:√|\\sqrt) ?\(([^()]*)\)", r"\\sqrt{\1}"),
         (r"\\sqrt ?([0-9a-zA-Z])", r"\\sqrt{\1}"),
         (r"\\varnothing(?![a-zA-Z])", r"\\emptyset"),
-        (r"_ ?\{ ?\\(max|min) ?\}", r"_{\1}"),
+        (r"_ ?(\{ ?)?\\(max|min|odot|oplus|perp|parallel|star|ast)(?![a-zA-Z]) ?(?(1)\})", r"_{\2}"),
     ]
 ]
 DOUBLED_COMMAND = re.compile(r"\\(?=\\[a-zA-Z])")
@@ -66,8 +74,11 @@ FRACTION = r"-?\\frac ?\{[^{}]*\} ?\{[^{}]*\}"
 POWER = r"(?: ?\^ ?(?:\{\d\}|\d))?"
 TRAILING_WORD = re.compile(rf" ?{WORD}{POWER}$")
 ENDS_LIKE_A_NUMBER = re.compile(r"(?:[\d})!]|\\[a-zA-Z]+)$")
+SPEED = r"(?<= )k?m ?/ ?(?:s|h|hr|min)\b"
+COUNTED = r"(?:second|minute|hour|day|week|month|year|cent|dollar|degree|meter|inche|mile|unit|point)s\b"
 PLAIN_UNIT = re.compile(
-    rf"((?:{NUMBER}|{FRACTION})(?: ?/ ?\d+)?) ?(?:cm|mm|km|kg|ft|lbs?|mph|hrs?|(?<= )[A-Za-z]{{4}}[A-Za-z ]*){POWER}"
+    rf"((?:{NUMBER}|{FRACTION})(?: ?/ ?\d+)?) ?(?:cm|mm|km|kg|ft|lbs?|mph|hrs?|{SPEED}|{COUNTED}"
+    rf"|(?:sq|cu)\b\.? ?[A-Za-z]+|(?<= )[A-Za-z]{{4}}[A-Za-z ]*){POWER}"
 )
 NOT_A_UNIT = re.compile(
     r"\b(?:[ap]m|and|or|is|are|if|for|when|where|with|than|to|at|not|over|mod|times|plus|minus|choose|half|halves|thirds?"
@@ -76,6 +87,11 @@ NOT_A_UNIT = re.compile(
 
 MIXED = re.compile(r"([-+]?\d+) (\d+) ?/ ?(\d+)")
 THOUSANDS = re.compile(r"(?:^|(?<=(?<!\\)\{))[-+]?\d{1,3}(?:,\d{3})+(?:\.\d+)?(?:$|(?=\}))")
+IN_WORDS = {
+    **dict.fromkeys(("all real numbers", "all reals", "all real"), r"\mathbb{R}"),
+    **dict.fromkeys(("no solution", "no solutions", "no real solutions", "empty set"), r"\emptyset"),
+}
+CHOICE = re.compile(r"(?:\(([A-J])\)|([A-J])[.:)]) ?(.*)")
 SCIENTIFIC = re.compile(r"([-+]?\d+(?:\.\d+)?)[eE]([-+]?\d+)")
 
 
@@ -93,7 +109,8 @@ def tidy(answer: str) -> str:
     text = re.sub(r"^\{([^{}]*)\}$|^\(([A-Za-z])\)$", r"\1\2", re.sub(r"^\\approx(?![a-zA-Z]) ?", "", text))
     text = THOUSANDS.sub(lambda match: match[0].replace(",", ""), text)
     text = SCIENTIFIC.sub(r"\1\\times 10^{\2}", text) if SCIENTIFIC.fullmatch(text) else text
-    return MIXED.sub(r"\1\\frac{\2}{\3}", text) if MIXED.fullmatch(text) else text
+    text = MIXED.sub(r"\1\\frac{\2}{\3}", text) if MIXED.fullmatch(text) else text
+    return IN_WORDS.get(text.casefold(), text)
 
 
 def _ascii(text: str) -> str:
@@ -119,7 +136,9 @@ def _drop_unit(text: str) -> str:
 
 
 def key(tidied: str) -> str:
-    """A string that is equal for answers spelt alike. Spaces count only between digits, case only in mathematics."""
+    """A string that is equal for answers spelt alike. Spaces count only between digits, case only in mathematics, the
+    degree sign not even inside a sine."""
+    tidied = IN_RADIANS.sub(r"\1", tidied)
     text = re.sub(r"(?<!\d)\.(?=\d)", "0.", re.sub(r"(?<!\d) | (?!\d)", "", tidied))
     return text.casefold() if is_literal(tidied) else text
 
@@ -131,6 +150,12 @@ def is_literal(tidied: str) -> bool:
 
 
 def alike(gold: str, prediction: str) -> bool:
-    """Whether two tidy answers are spelt alike. One of two times of day may leave out `am` or `pm`."""
-    a, b = key(gold), key(prediction)
+    """Whether two tidy answers are spelt alike. One of two times of day may leave out `am` or `pm`; a letter of a
+    multiple choice may bring the text of its option, `C. 15`, as long as it names no other letter."""
+    a, b = key(_chosen(gold, prediction)), key(_chosen(prediction, gold))
     return a == b or re.sub(r"(?<=\d)[ap]m$", "", a) == b or a == re.sub(r"(?<=\d)[ap]m$", "", b)
+
+
+def _chosen(tidied: str, other: str) -> str:
+    match = CHOICE.fullmatch(tidied) if re.fullmatch("[A-J]", other) else None
+    return match[1] or match[2] if match and not re.search(r"\b[A-J]\b", match[3]) else tidied

@@ -99,13 +99,6 @@ def wrong_answers(answer: str, rng) -> Iterator[str]:
         yield match[1] + edits[i] + match[3]
 
 
-def whole_characters(tokenizer, tokens: list[int]) -> list[int]:
-    """The tokens without those at their end that hold only a part of a character."""
-    while tokens and tokenizer.decode(tokens).endswith("\ufffd"):
-        tokens = tokens[:-1]
-    return tokens
-
-
 def _other_integers(number: str, rng) -> list[str]:
     value = int(number.replace(",", ""))
     digits = str(abs(value))

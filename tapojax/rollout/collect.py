@@ -1,5 +1,6 @@
 """One rollout batch: prompts in, scored rows out, groups without a signal replaced where the algorithm asks for it."""
 
+import functools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -7,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from tapojax.rewards import loop
 from tapojax.types import Algorithm, Engine, Example, Prompts, Rollout, Sampling, Scores, Task, TokenStats
 
 
@@ -20,9 +22,10 @@ class Collected(NamedTuple):
     errors: Sequence[str]  # one text for each row that could not be scored, discarded groups included
     sampled_rows: int  # rows generated to fill the batch
     sampled_tokens: int
-    seconds: Mapping[str, float]  # spent sampling and scoring
+    seconds: Mapping[str, float]  # spent sampling, and waiting for scores after that
     memory: Any = None  # the algorithm's, as it is after this batch
     version: int | None = None  # of the weights that sampling began with, where somebody has told
+    call_seconds: Sequence[float] = ()  # that each call of the task's score function took
 
 
 def collect(
@@ -38,16 +41,19 @@ def collect(
     carry: Any = (),
     memory: Any = None,
     score: Callable[..., TokenStats] | None = None,
+    observe: Callable[[Sequence[Example], Any, Any], None] | None = None,
     max_rounds: int = 10,
     max_error_share: float = 0.2,
+    reward: loop.Options = loop.Options(),  # noqa: B008  an immutable value
 ) -> Collected:
     """Samples and scores G completions of each of the next P prompts; refills until P groups are kept.
 
     `memory` and `score(tokens, mask)`, the policy behind `weights`, are for an algorithm that injects rows.
+    `observe(examples, correct[B], source[B])` is told of every round, of the groups that are not kept too.
 
     Raises:
-      ValueError: a channel the algorithm needs is missing; more than max_error_share of a round's rows could not be
-        scored; max_rounds rounds did not fill the batch.
+      ValueError: a channel the algorithm needs is missing; more than max_error_share of a round's rows, or of the
+        first ones that were scored, got no score (see `loop.Limit`); max_rounds rounds did not fill the batch.
     """
     kept: list[Collected] = []
     share: list[float] = []  # of each round's groups that were kept
@@ -74,9 +80,12 @@ def collect(
             carry,
             memory,
             score,
+            loop.Limit(max_error_share),
+            reward,
         )
         rounds, memory = rounds + 1, part.memory
-        _check_errors(part, algorithm.needs, max_error_share)
+        if observe is not None:
+            observe(examples, part.scores["correct"], part.rollout.source)
         keep = np.ones(num_prompts, bool)
         if algorithm.keep is not None:
             keep = np.asarray(algorithm.keep(algorithm.rewards(part.scores, part.rollout, step), part.scores))
@@ -85,30 +94,29 @@ def collect(
     return select(concatenate(kept), range(num_prompts), algorithm.group_size)
 
 
-def _one_round(engine, weights, examples, task, algorithm, sampling, step, key, carry, memory, score) -> Collected:
+def _one_round(
+    engine, weights, examples, task, algorithm, sampling, step, key, carry, memory, score, limit, reward
+) -> Collected:
     prompts = Prompts(examples, [task.prompt(example) for example in examples])
     if algorithm.prompts is not None:
         prompts = algorithm.prompts(prompts, step)
-    started = time.perf_counter()
-    how = dict(group_size=algorithm.group_size, sampling=sampling, temperature=algorithm.temperature, carry=carry)
-    scored = None
-    if engine.generate_scored is None:
-        rollout = engine.generate(weights, prompts, key, **how)
-    else:
-        rollout, *scored = engine.generate_scored(weights, prompts, key, **how)
-    sampled = time.perf_counter()
     rows = [example for example in examples for _ in range(algorithm.group_size)]
-    completions = decode(task.tokenizer, rollout)
-    scores, errors = scored or task.score(rows, completions)
+    how = dict(group_size=algorithm.group_size, sampling=sampling, temperature=algorithm.temperature, carry=carry)
+    started = time.perf_counter()
+    if engine.generate_scored is None:
+        generate = functools.partial(engine.generate, weights, prompts, key, **how)
+        rollout, sampled, scored = _generate_and_score(generate, task, rows, algorithm.needs, limit, reward)
+    else:
+        rollout, scores, errors = engine.generate_scored(weights, prompts, key, **how)
+        sampled = time.perf_counter()
+        scored = loop.Scored(decode(task.tokenizer, rollout), scores, errors, [])
+        loop.check(scores, errors, algorithm.needs, limit)
+    completions, scores, errors, call_seconds = scored
     sampled_tokens = int(rollout.mask.sum())
-    if missing := algorithm.needs - scores.keys():
-        raise ValueError(
-            f"the algorithm needs the score channels {sorted(missing)}, the task gives {sorted(scores)}: "
-            "choose a task or reward that provides them"
-        )
     if algorithm.inject is not None:
+        before = rollout
         rollout, scores, memory = algorithm.inject(rollout, scores, prompts, key, memory, score)
-        completions = decode(task.tokenizer, rollout)
+        completions = _decode_changed(task.tokenizer, before, rollout, completions)
     return Collected(
         rollout=rollout,
         scores=scores,
@@ -119,7 +127,28 @@ def _one_round(engine, weights, examples, task, algorithm, sampling, step, key, 
         sampled_tokens=sampled_tokens,
         seconds={"sample": sampled - started, "reward": time.perf_counter() - sampled},
         memory=memory,
+        call_seconds=call_seconds,
     )
+
+
+def _generate_and_score(generate, task: Task, rows, needs, limit, reward) -> tuple[Rollout, float, loop.Scored]:
+    """The rollout, the time at which it was there, and its rows' scores; with overlap most are there by then."""
+    text = functools.partial(task.tokenizer.decode, skip_special_tokens=True)
+    with loop.scoring(task.score, text, rows, needs=needs, limit=limit, options=reward) as scoring:
+        if reward.overlap:
+            rollout = generate(finished=functools.partial(loop.add, scoring))
+        else:
+            rollout = generate()
+            for row, (tokens, mask) in enumerate(zip(rollout.tokens, rollout.mask, strict=True)):
+                loop.add(scoring, row, tokens[mask].tolist())
+        return rollout, time.perf_counter(), loop.result(scoring)
+
+
+def _decode_changed(tokenizer, before: Rollout, after: Rollout, completions: Sequence[str]) -> list[str]:
+    """The completions of the rows as they are now."""
+    changed = np.any((before.tokens != after.tokens) | (before.mask != after.mask), axis=1)
+    new = iter(decode(tokenizer, jax.tree.map(lambda x: np.asarray(x)[changed], after)))
+    return [next(new) if row else text for row, text in zip(changed, completions, strict=True)]
 
 
 def decode(tokenizer, rollout: Rollout) -> list[str]:
@@ -128,15 +157,6 @@ def decode(tokenizer, rollout: Rollout) -> list[str]:
         tokenizer.decode(tokens[mask].tolist(), skip_special_tokens=True)
         for tokens, mask in zip(rollout.tokens, rollout.mask, strict=True)
     ]
-
-
-def _check_errors(part: Collected, needs: frozenset[str], max_error_share: float):
-    unscored = np.any([np.isnan(part.scores[name]) for name in needs], axis=0)
-    if np.mean(unscored) > max_error_share:
-        raise ValueError(
-            f"{int(unscored.sum())} of {part.sampled_rows} rows could not be scored (collect.max_error_share is "
-            f"{max_error_share}); the first error: {[*part.errors, 'the task gave NaN and no reason'][0]}"
-        )
 
 
 def select(part: Collected, groups: Sequence[int], group_size: int) -> Collected:
@@ -154,9 +174,10 @@ def concatenate(parts: Sequence[Collected]) -> Collected:
     """One batch out of several rounds."""
     if len(parts) == 1:
         return parts[0]
+    names = dict.fromkeys(name for part in parts for name in part.scores)
     return Collected(
         rollout=jax.tree.map(lambda *xs: np.concatenate(xs), *(part.rollout for part in parts)),
-        scores={name: np.concatenate([part.scores[name] for part in parts]) for name in parts[0].scores},
+        scores={name: np.concatenate([_channel(part, name) for part in parts]) for name in names},
         prompts=Prompts(
             [example for part in parts for example in part.prompts.examples],
             [tokens for part in parts for tokens in part.prompts.tokens],
@@ -167,4 +188,11 @@ def concatenate(parts: Sequence[Collected]) -> Collected:
         sampled_tokens=sum(part.sampled_tokens for part in parts),
         seconds={stage: sum(part.seconds[stage] for part in parts) for stage in parts[0].seconds},
         memory=parts[-1].memory,
+        call_seconds=[seconds for part in parts for seconds in part.call_seconds],
     )
+
+
+def _channel(part: Collected, name: str) -> np.ndarray:
+    """NaN where a round has no such channel: a judge that was not asked has no costs."""
+    rows = len(part.rollout.tokens)
+    return np.asarray(part.scores[name] if name in part.scores else np.full(rows, np.nan, np.float32))

@@ -1,13 +1,15 @@
 """The embedded sampler behind a rollout server: a JAX machine that samples for a trainer elsewhere.
 
 With one server and one request a batch it gives the very rows that the trainer's own embedded sampler would: same key,
-same shapes, same weights (in float32 to the bit). A batch is one compiled loop, so its groups are finished together,
-and a pause or a swap of the weights waits for the batch that runs.
+same shapes, same weights (in float32 to the bit). Groups are handed out as they end, in segments of the compiled loop;
+a pause or a swap of the weights waits for the batch that runs.
 """
 
 import asyncio
 import functools
-from collections.abc import AsyncGenerator, Mapping, Sequence
+import threading
+from collections import defaultdict
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,32 +23,55 @@ from tapojax.models.config import DecoderConfig
 from tapojax.rollout import local
 from tapojax.rollout.sampler import Description, Sample, Sampler, Span, Tensor
 from tapojax.rpc import tapojax_pb2 as pb
-from tapojax.types import Prompts, Rollout, Sampling
+from tapojax.types import Prompts, Sampling
+
+Group = tuple[int, Sequence[Sample]]  # index of its prompt, and its completions
 
 
 def jax_sampler(
-    config: DecoderConfig, *, max_prompt_tokens: int, max_tokens: int, dtype: str | None = None, max_rows: int = 256
+    config: DecoderConfig,
+    *,
+    max_prompt_tokens: int,
+    max_tokens: int,
+    dtype: str | None = None,
+    max_rows: int = 256,
+    stream_tokens: int = 32,
 ) -> Sampler:
     """Samples one request at a time with the given model on the local devices, in `dtype` (the model's own when None).
 
-    Completions of a request are padded to the request's own max_tokens; `max_rows` bounds the rows of one Logprobs
-    call that are computed at a time.
+    Completions of a request are padded to the request's own max_tokens, and it is seen each stream_tokens tokens which
+    have ended; `max_rows` bounds the rows of one Logprobs call that are computed at a time.
     """
     engine = local.local_engine(config, max_prompt_tokens=max_prompt_tokens, dtype=dtype)
     loaded: dict[str, Any] = {"version": -1, "weights": None}
     running, gate = asyncio.Lock(), asyncio.Event()
     gate.set()
 
-    async def generate(request: pb.GenerateRequest) -> AsyncGenerator[tuple[int, Sequence[Sample]], None]:
+    async def generate(request: pb.GenerateRequest) -> AsyncGenerator[Group, None]:
         await gate.wait()
         async with running:
-            version = loaded["version"]
-            rollout = await asyncio.to_thread(_generate, engine, _weights(loaded), request)
-        await gate.wait()
-        for place, prompt in enumerate(request.prompts):
-            if prompt.index not in request.skip:
-                rows = range(place * request.group_size, (place + 1) * request.group_size)
-                yield prompt.index, [_sample(rollout, row, version) for row in rows]
+            ready: asyncio.Queue[Group | None] = asyncio.Queue()
+            loop, over = asyncio.get_running_loop(), threading.Event()
+
+            def hand_out(group: Group):
+                if over.is_set():
+                    raise InterruptedError("nobody waits for the request any more")
+                loop.call_soon_threadsafe(ready.put_nowait, group)
+
+            budgets = max_prompt_tokens, stream_tokens
+            sampling = asyncio.to_thread(
+                _generate, config, *budgets, loaded["version"], _weights(loaded), request, hand_out
+            )
+            work = asyncio.create_task(sampling)
+            work.add_done_callback(lambda _: ready.put_nowait(None))
+            try:
+                while (group := await ready.get()) is not None:
+                    yield group
+                await work
+            finally:
+                over.set()
+                await asyncio.wait([work])  # the devices are busy until then
+                work.exception()  # is seen: where it matters it was raised above
 
     async def rows_logprobs(rows: Sequence[Sequence[int]]) -> Sequence[Sequence[float]]:
         length = max_prompt_tokens + max_tokens
@@ -88,8 +113,16 @@ def _weights(loaded):
     return loaded["weights"]
 
 
-def _generate(engine, weights, request: pb.GenerateRequest) -> Rollout:
-    """The rows of a request, in its order of prompts; those to skip too, so that the compiled shape stays."""
+def _generate(
+    config: DecoderConfig,
+    max_prompt_tokens: int,
+    stream_tokens: int,
+    version: int,
+    weights,
+    request: pb.GenerateRequest,
+    hand_out: Callable[[Group], None],
+):
+    """Samples a request and hands out its groups; those to skip are sampled too, so that the compiled shape stays."""
     asked = request.sampling
     sampling = Sampling(
         max_tokens=asked.max_tokens,
@@ -108,27 +141,36 @@ def _generate(engine, weights, request: pb.GenerateRequest) -> Rollout:
     prompts = Prompts(
         [{"id": str(prompt.index)} for prompt in request.prompts], [list(prompt.tokens) for prompt in request.prompts]
     )
-    return engine.generate(
+    groups: dict[int, dict[int, Sample]] = defaultdict(dict)
+
+    def told(row: int, ended: local.Ended):
+        place, sample = divmod(row, request.group_size)
+        groups[place][sample] = _sample(ended, version)
+        index = request.prompts[place].index
+        if len(groups[place]) == request.group_size and index not in request.skip:
+            hand_out((index, [groups[place][sample] for sample in range(request.group_size)]))
+
+    local.stream(
+        config,
         weights,
-        prompts,
+        *local.pad_prompts(prompts, max_prompt_tokens, sampling.pad_token_id),
         jax.random.wrap_key_data(jnp.array(request.key, jnp.uint32)),
+        carry,
+        told,
+        stream_tokens=stream_tokens,
         group_size=request.group_size,
         sampling=sampling,
         temperature=temperature,
-        carry=carry,
     )
 
 
-def _sample(rollout: Rollout, row: int, version: int) -> Sample:
-    mask = rollout.mask[row]
-    tokens, behaviour, base = (
-        x[row][mask] for x in (rollout.tokens, rollout.behaviour_logprobs, rollout.base_logprobs)
-    )
+def _sample(ended: local.Ended, version: int) -> Sample:
+    tokens, behaviour, base, stopped = ended
     return Sample(
         tokens.tolist(),
         behaviour.tolist(),
         [] if np.array_equal(base, behaviour) else base.tolist(),
-        stopped=not rollout.truncated[row],
+        stopped=stopped,
         versions=[Span(version, 0, len(tokens))],
     )
 

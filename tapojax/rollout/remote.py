@@ -158,13 +158,22 @@ class _Remote:
     # ---- sampling
 
     def generate(
-        self, weights: Loaded, prompts: Prompts, key, *, group_size: int, sampling: Sampling, temperature=None, carry=()
+        self,
+        weights: Loaded,
+        prompts: Prompts,
+        key,
+        *,
+        group_size: int,
+        sampling: Sampling,
+        temperature=None,
+        carry=(),
+        finished: local.Finished | None = None,
     ) -> tuple[Rollout, Scores, Sequence[str | None]]:
         """Rows as the embedded sampler lays them out, with what the servers' scorers said of them."""
         local.check_prompts(prompts, self.max_prompt_tokens)
         with self._using(weights):
             requests = self._requests(prompts, key, group_size, wire.sampling_message(sampling, temperature, carry))
-            groups = self._answers(requests, sampling)
+            groups = self._answers(requests, sampling, finished)
         rows = wire.rollout(
             prompts,
             groups,
@@ -195,20 +204,23 @@ class _Remote:
             for start, part_key in zip(starts, keys, strict=True)
         ]
 
-    def _answers(self, requests: Sequence[pb.GenerateRequest], sampling: Sampling) -> dict[int, list[pb.Completion]]:
+    def _answers(
+        self, requests: Sequence[pb.GenerateRequest], sampling: Sampling, finished: local.Finished | None
+    ) -> dict[int, list[pb.Completion]]:
         """All groups by index of their prompts; the first request that fails for good ends the others."""
         over = threading.Event()
-        jobs = [self.askers.submit(self._ask, request, sampling, over) for request in requests]
+        jobs = {self.askers.submit(self._ask, request, sampling, finished, over): request for request in requests}
         groups: dict[int, list[pb.Completion]] = {}
         try:
-            for job in concurrent.futures.as_completed(jobs):
+            for job in concurrent.futures.as_completed([*jobs]):
                 groups |= job.result()
+                del jobs[job]
         finally:
             over.set()
-            if unfinished := [request for request, job in zip(requests, jobs, strict=True) if not job.done()]:
-                for job in jobs:
-                    job.cancel()
-                self._abort([request.request_id for request in unfinished])
+            for job in jobs:
+                job.cancel()
+            if jobs:
+                self._abort([request.request_id for request in jobs.values()])
         return groups
 
     def _abort(self, request_ids: Sequence[str]):
@@ -217,7 +229,7 @@ class _Remote:
                 self.delivery.stubs[server.address].Abort(pb.AbortRequest(request_ids=request_ids), timeout=2)
 
     def _ask(
-        self, request: pb.GenerateRequest, sampling: Sampling, over: threading.Event
+        self, request: pb.GenerateRequest, sampling: Sampling, finished: local.Finished | None, over: threading.Event
     ) -> dict[int, list[pb.Completion]]:
         """The groups of one request, from one server or, where it fails, the rest from others.
 
@@ -233,7 +245,7 @@ class _Remote:
             load, failure = len(request.prompts), None
             server = fleet.take(self.fleet, load, tried=tried, wait_s=wait_s, over=over)
             try:
-                return self._listen(server, request, sampling, groups)
+                return self._listen(server, request, sampling, groups, finished)
             except (client.Failure, fleet.Broken) as error:
                 problems, tried = [*problems, str(error)], [*tried, server.address]
                 code = error.code if isinstance(error, client.Failure) else None
@@ -249,8 +261,8 @@ class _Remote:
             f"a request failed {len(problems)} times (rollout.retries={self.options.retries}): {'; '.join(problems)}"
         )
 
-    def _listen(self, server: fleet.Server, request: pb.GenerateRequest, sampling: Sampling, groups):
-        """Moves whole groups from a server's stream into `groups`, and gives them when all are there."""
+    def _listen(self, server: fleet.Server, request: pb.GenerateRequest, sampling: Sampling, groups, finished):
+        """Moves whole groups from a server's stream into `groups`, tells of each, and gives them when all are there."""
         assert self.delivery.current is not None
         request.version = self.delivery.current.version
         del request.skip[:]
@@ -267,6 +279,8 @@ class _Remote:
                 if group.last:
                     self._check_group(server, part, request, sampling)
                     groups[group.index] = part
+                    for sample, completion in enumerate(part if finished is not None else ()):
+                        finished(group.index * request.group_size + sample, list(completion.tokens))
         if missing := wanted - groups.keys():
             raise fleet.Broken(f"{server.address} ended the stream without the groups {sorted(missing)[:5]}")
         return groups

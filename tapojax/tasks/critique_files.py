@@ -1,12 +1,15 @@
 r"""Critiques of worked solutions from files: FAPO's critic data, ProcessBench, or anything with steps and a label.
 
 Rows hold a problem, the steps of a solution, the index of the first wrong step (-1: none) and, where known, the right
-answer. The critic is asked as in FAPO, Ding et al., arXiv 2510.22543: problem, answer, indexed steps, then to say the
-index in a \boxed{} (our wording; a released critic wants its own, which is in `prompt` of its data).
+answer, in any layout that `datasets.labelled` reads. The critic is asked as in FAPO, Ding et al., arXiv 2510.22543:
+problem, answer, indexed steps, then to say the index in a \boxed{} (our wording; a released critic wants its own, which
+is in `prompt` of its data).
 """
 
+import re
 from collections.abc import Sequence
 
+from tapojax.datasets import labelled
 from tapojax.rewards import spans, verdicts
 from tapojax.tasks import critiques, data, files
 from tapojax.types import Example, Task
@@ -21,6 +24,8 @@ QUESTION = r"""Here is a mathematical problem{known}, and a solution whose steps
 
 Go through the steps in their order and check each. Say which is the first one with an error, reasoning step by step; \
 put its number into \boxed{{}}, or -1 if no step has an error."""
+
+PARAGRAPHS = re.compile(r"\n[^\S\n]*\n")
 
 
 def critique_files(
@@ -65,30 +70,64 @@ def critique_files(
     )
 
 
+def split(completion: str, tag: str = "step ") -> list[str]:
+    """The steps of a completion: its paragraphs, without thoughts, as the data of FAPO's critic has them (our choice).
+
+    Raises:
+      ValueError: there is none, or one contains the end of a tag and would pass for several.
+    """
+    steps = [step.strip() for step in PARAGRAPHS.split(verdicts.answered(completion) or "") if step.strip()]
+    if not steps:
+        raise ValueError("the completion has no text beside its thoughts")
+    for step in steps:
+        if f"</{tag}" in step:
+            raise ValueError(f"the completion contains {f'</{tag}'!r}, which ends a step: {step[:200]!r}")
+    return steps
+
+
+def tagged(steps: Sequence[str], tag: str = "step ") -> str:
+    """The steps, each between tags with its number."""
+    return "\n".join(f"<{tag}{index}>\n{step}\n</{tag}{index}>" for index, step in enumerate(steps))
+
+
+def ask(problem: str, answer: str, steps: str) -> str:
+    """The user message that asks for a critique of tagged steps; answer "" where none is known."""
+    return QUESTION.format(
+        known=" with its right answer" if answer else "",
+        problem=problem,
+        answer=f"\n[Answer]\n{answer}\n" if answer else "",
+        steps=steps,
+    )
+
+
+def to_criticise(example: Example, completion: str) -> Example:
+    """The row that asks for a critique of a completion, in the same words as in training.
+
+    Raises:
+      ValueError: see `split`.
+    """
+    steps = split(completion)
+    question = ask(example["problem"], example["answer"], tagged(steps))
+    return {"id": example["id"], "question": question, "num_steps": len(steps)}
+
+
 def _answer(text: str) -> str | None:
     span = spans.boxed(text, 0)
     return text[slice(*span)].strip() if span else None
 
 
 def _example(row: dict, path: str, number: int) -> Example:
-    steps, label = row.get("steps"), row.get("label")
-    if not isinstance(steps, list) or not isinstance(label, int) or not -1 <= label < len(steps):
-        raise ValueError(
-            f"{path}, row {number}: expected steps, a list of texts, and label, the index of one of them or -1; it has "
-            f"label {label!r} and {len(steps) if isinstance(steps, list) else 'no'} steps"
-        )
-    answer = str(row.get("answer") or "")
-    question = row.get("prompt") or QUESTION.format(
-        known=" with its right answer" if answer else "",
-        problem=row.get("problem", ""),
-        answer=f"\n[Answer]\n{answer}\n" if answer else "",
-        steps="\n".join(f"<step {index}>\n{step}\n</step {index}>" for index, step in enumerate(steps)),
-    )
+    place = f"{path}, row {number}"
+    found = labelled.critique(row, place, f"{path}/{number}")
+    if found["label"] == labelled.UNKNOWN:
+        raise ValueError(f"{place}: expected steps with a label to learn from, its label is unknown")
+    question = found.get("prompt") or ask(found["problem"], found["answer"], tagged(found["steps"]))
     return {
-        "id": str(row.get("id", f"{path}/{number}")),
-        "problem": str(row.get("problem", "")),
-        "answer": str(label),
+        "id": found["id"],
+        "problem": found["problem"],
+        "answer": str(found["label"]),
         "question": question,
-        "label": label,
-        "num_steps": len(steps),
+        "label": found["label"],
+        "num_steps": len(found["steps"]),
+        **{key: found[key] for key in ("subset", "final_answer_correct") if key in found},  # of a benchmark
     }

@@ -76,6 +76,17 @@ def prompt(problem: str, solution: str) -> list[int]:
     return gym_tokenizer.TOKENIZER.encode(problem + solution + END)
 
 
+def to_criticise(example: Mapping[str, Any], completion: str) -> dict[str, Any]:
+    """The row that asks for a critique of a completion.
+
+    Raises:
+      ValueError: the completion contains the end of a solution, what follows would pass for the critique.
+    """
+    if END in completion:
+        raise ValueError(f"the solution contains {END!r}, which ends it: {completion!r}")
+    return {"id": example["id"], "gym": example["problem"], "solution": completion, "num_steps": num_steps(completion)}
+
+
 def num_steps(solution: str) -> int:
     """How many steps a solution has written."""
     steps = solution.rpartition("#")[0]

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import numpy as np
 
+from tapojax.datasets import schema
 from tapojax.rewards import answers, solutions, spans, surgery
-from tapojax.tasks import data
-from tapojax.types import Example, Task
+from tapojax.tasks import data, order
+from tapojax.types import Example, Examples, Task
 
 INSTRUCTION = "{problem}\n\nPlease reason step by step, and put your final answer within \\boxed{{}}."
 
@@ -19,18 +20,23 @@ def files(
     tokenizer_path: str = "",
     train_path: str = "",
     evaluation_path: str = "",
-    problem_key: str = "problem",
-    answer_key: str = "answer",
-    solution_key: str = "solution",
+    problem_key: str = "",
+    answer_key: str = "",
+    solution_key: str = "",
+    pass_rate_key: str = "pass_rate",
     teacher_path: str = "",
     template: str = INSTRUCTION,
     chat: bool = True,
     overlong_prompts: str = "error",
     deadline_s: float = 5.0,
 ) -> Task:
-    """Rows with a problem and its final answer, in each file's own column names.
+    """Rows with a problem and its final answer, from files as they are published (docs/data.md lists the layouts).
 
     Args:
+      problem_key, answer_key, solution_key: columns to read instead of those that the layout says.
+      train_path: one file, several as one ("a.jsonl,b.parquet"), or a mixture in the shares of their weights
+        ("a.jsonl:3,b.parquet:1"). Of several, a problem's id begins with its file.
+      pass_rate_key: of a number in [0, 1] that rows may have, for the curriculum.
       teacher_path: file with completions of a stronger model, rows {"id", "completion"}; `launch.teach` writes one.
       template: the user message, `{problem}` filled in.
       chat: wrap the message in the tokenizer's chat template and open the assistant's turn.
@@ -51,16 +57,30 @@ def files(
         return chat_prompt(tokenizer, template.format(problem=example["problem"]), *said)
 
     def read(path: str) -> list[Example]:
-        keys = {"problem": problem_key, "answer": answer_key}
-        rows = [_example(row, path, i, keys, solution_key) for i, row in enumerate(data.read_rows(path))]
-        return within_budget(rows, prompt, max_prompt_tokens, overlong_prompts, path)
+        rows = schema.examples(
+            data.read_rows(path),
+            Path(path).name,
+            path,
+            problem_key=problem_key,
+            answer_key=answer_key,
+            solution_key=solution_key,
+            pass_rate_key=pass_rate_key,
+        )
+        return within_budget(list(rows), prompt, max_prompt_tokens, overlong_prompts, path)
+
+    def read_sources(text: str) -> Examples:
+        paths, weights = order.parse_sources(text)
+        if len(paths) < 2:
+            return read(paths[0]) if paths else []
+        parts = [[{**row, "id": f"{path}:{row['id']}"} for row in read(path)] for path in paths]
+        return order.Mixture(tuple(parts), tuple(weights)) if weights else [row for part in parts for row in part]
 
     def score(examples: Sequence[Example], completions: Sequence[str]):
         grades = answers.grade(completions, [e["answer"] for e in examples], deadline_s=deadline_s)
         correct = [np.nan if grade.correct is None else float(grade.correct) for grade in grades]
         return {"correct": np.array(correct, np.float32)}, [grade.error for grade in grades]
 
-    train = read(train_path) if train_path else []
+    train = read_sources(train_path)
     taught = data.read_completions(teacher_path, train) if teacher_path else {}
     return Task(
         tokenizer=tokenizer,
@@ -79,8 +99,6 @@ def files(
 
 def _solution(example: Example) -> tuple[str, str] | None:
     text = example["solution"]
-    if not isinstance(text, str):
-        raise ValueError(f"the solution of {example['id']!r} is no text but a {type(text).__name__}: {text!r:.80}")
     return solutions.split(text, example["answer"]) if text else None
 
 
@@ -113,20 +131,6 @@ def load_tokenizer(path: str):
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token_id = tokenizer.eos_token_id  # harmless: masks come from the sampler, not from values
     return tokenizer
-
-
-def _example(row: dict, path: str, index: int, keys: dict[str, str], solution_key: str) -> Example:
-    if missing := [key for key in keys.values() if row.get(key) in (None, "")]:
-        raise ValueError(
-            f"{path}, row {index + 1}: no value for {missing}; it has {sorted(row)}. "
-            "Set task.problem_key and task.answer_key"
-        )
-    return {
-        "id": str(row.get("id", f"{Path(path).name}/{index}")),
-        "problem": row[keys["problem"]],
-        "answer": str(row[keys["answer"]]),
-        "solution": row.get(solution_key) or "",
-    }
 
 
 def chat_prompt(tokenizer, *texts: str) -> list[int]:

@@ -11,7 +11,7 @@ import urllib.request
 import grpc
 import pytest
 
-from configs import fapo_gym, quickstart
+from configs import base, fapo_gym, quickstart
 from launch import build, train
 from tapojax.rpc import tapojax_pb2 as pb
 from tests.rewards import servers
@@ -64,8 +64,17 @@ def test_a_channel_that_the_algorithm_needs_and_nobody_gives_stops_the_run():
         config.reward.addresses = (one.address,)
         with pytest.raises(ValueError, match=r"channels \['flawed'\], the reward servers give \['correct', 'length'\]"):
             build.setup(config)
-        config.judge.workdir = "a critic in this process gives it"
-        build.check_rewards(config, build.algorithm(config, None))
+
+
+def test_servers_that_do_not_judge_as_the_config_says_stop_the_run():
+    """What is judged is judged there: the config of the servers is the trainer's."""
+    config = quickstart.get_config()
+    config.judge = base.get_config(judge="rubric").judge
+    config.answer_judge = base.get_config(answer_judge="answer").answer_judge
+    with servers.served(servers.toy, task="arithmetic") as (one,):
+        config.reward.addresses = (one.address,)
+        with pytest.raises(ValueError, match=r"channels \['answer_judge_asked', 'process_asked'\], the reward"):
+            build.setup(config)
 
 
 def test_servers_that_are_not_there_stop_the_run():

@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 from configs import base
 from launch import sections
 from tapojax.algorithms import ALGORITHMS
+from tapojax.judges import JUDGES, PLACES, endpoint
 from tapojax.tasks import TASKS
 
 # stated elsewhere in the config
@@ -41,6 +42,34 @@ def test_algorithm_defaults_are_the_constructors_own(name):
 @pytest.mark.parametrize("name", TASKS)
 def test_task_defaults_are_the_constructors_own(name):
     assert set(sections.task_defaults(name)) - {"name"} == inspect.signature(TASKS[name]).parameters.keys() - GIVEN
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_judge_defaults_are_the_constructors_own_and_the_place_of_the_verdicts(name):
+    parameters = inspect.signature(JUDGES[name]).parameters
+    section = sections.judge_defaults(name)
+    own = {key for key, parameter in parameters.items() if parameter.default is not parameter.empty}
+    assert section.name == name and set(section) - {"name"} == own | PLACES[name].keys()
+    assert parameters.keys() - own <= {"trained"}, "launch.build gives it"
+    if "endpoint" in section:
+        assert endpoint.Options(**section.endpoint.to_dict()) == parameters["endpoint"].default
+    assert sections.judge_defaults("").to_dict() == sections.answer_judge_defaults("").to_dict() == {"name": ""}
+    assert sections.answer_judge_defaults("answer").model and "channel" not in sections.answer_judge_defaults("answer")
+
+
+def test_a_section_inside_a_section_is_a_tuple_of_options():
+    def constructor(*, endpoint: endpoint.Options = endpoint.DEFAULTS):
+        return endpoint
+
+    section = {"name": "x", "endpoint": {"retries": 7}}
+    assert sections.build({"x": constructor}, section, "judge").retries == 7
+
+
+def test_judges_of_one_section_are_none_of_the_other():
+    with pytest.raises(ValueError, match="no judge is called 'answer'"):
+        sections.judge_defaults("answer")
+    with pytest.raises(ValueError, match=r"no answer_judge is called 'rubric'; there are \['answer'\]"):
+        sections.answer_judge_defaults("rubric")
 
 
 def test_build_passes_the_sections_keys_and_what_is_given():

@@ -99,9 +99,10 @@ def test_train_kill_resume_evaluate_convert_and_back_into_transformers(flags):
     assert max(abs(r["mismatch_kl"]) for r in records) < 1e-4, "sampler and trainer disagree in float32"
 
     evaluated = launch("evaluate", *args, f"--results={folder / 'results'}")
-    assert "pass@1" in evaluated.stdout
-    (results,) = (folder / "results").glob("*.json")
-    assert json.loads(results.read_text())["problems"] == 6
+    assert "avg@k" in evaluated.stdout
+    (results,) = (folder / "results").glob("*/result.json")
+    (result,) = json.loads(results.read_text())["sets"].values()
+    assert result["problems"] == 6
 
     launch("convert", *args, f"--output={folder / 'exported'}")
     model = AutoModelForCausalLM.from_pretrained(folder / "exported")

@@ -18,7 +18,7 @@ from tapojax.rewards import answers, pool, spans, spelling
 
 CASES = Path(__file__).parents[3] / "shared" / "data" / "grader_cases"
 SEMANTIC_GRADERS = ("prm800k", "verl_prime", "qwen", "verl_math_verify")
-TOWER = "9^{9^{9^{9}}}"
+TOWER = "9^{9^{9^{9}}}+x"
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +49,10 @@ EXTRACTIONS = [
     (r"\boxed{}", ""),
     (r"put it in \boxed and stop", None),
     (r"\\boxed{42}", "42"),
+    (r"\boxed{255} in half a year. The final answer is $10,455$. I hope it is correct.", "10,455"),
+    (r"\boxed{255}. Final Answer: The final answer is \(10455\).", "10455"),
+    (r"\boxed{255}. The final answer is in the box.", "255"),
+    (r"The final answer is $1$, so \boxed{2}", "2"),
     ("Answer: 41, no, \\boxed{42}\n#### 43", "42"),
     # reasoning is not an answer
     (r"<think>\boxed{1}</think>\boxed{2}", "2"),
@@ -87,6 +91,9 @@ EXTRACTIONS = [
     ("-15", "-15"),
     (" x = 3\n", "x = 3"),
     (r"$\frac{1}{3} \text{ metres}$", r"$\frac{1}{3} \text{ metres}$"),
+    ("28 percent", "28 percent"),
+    ("$28$ percent", "$28$ percent"),
+    ("28 is less than a dozen", None),
     ("I have no idea", None),
     ("The length is 5", None),
     ("1\n2", None),
@@ -205,6 +212,35 @@ EQUAL = [
     ("0", r"\sin(\pi)"),
     (r"the result is \boxed{7} as claimed", "7"),
     ("4 * 18 = <<4*18=72>>72\n#### 72", "72"),
+    # boxes side by side are a list
+    ("1,2", r"1} \text{ and } \boxed{2"),
+    ("(1,2),(3,4)", "(3, 4)}\\quad\n\\boxed{(1, 2)"),
+    ("2", r"2}, \boxed{2"),
+    (r"\boxed{1}, \boxed{2}", "1,2"),
+    # constants of the parser that are somebody's variables, and the other way round
+    (r"I_{\max }=\frac{q}{\sqrt{2LC}}", r"\frac{q}{\sqrt{2CL}}"),
+    ("5", "I = 5"),
+    ("5", "x = 2 + 3 = 5"),
+    ("3.33", r"x = \frac{10}{3} = 3.33"),
+    ("i(2-i)", "1+2i"),
+    (r"e^{i\pi}", "-1"),
+    (r"R_{\odot}^2", r"R_\odot \cdot R_\odot"),
+    # degrees inside a function
+    (r"\sin 30^\circ", "0.5"),
+    (r"\tan(45^{\circ})", "1"),
+    (r"\tan 15^\circ", r"\tan15"),
+    # units and words
+    ("10", "10weeks"),
+    ("6 sq. units", "6"),
+    ("6", "6 m/s"),
+    ("20", r"20^\circ \text{C}"),
+    (r"\mathbb{R}", "all real numbers"),
+    ("no solution", r"\emptyset"),
+    (r"\langle 1,2\rangle", "(1,2)"),
+    ("C", "C. 15"),
+    (r"\text{(C)}", r"\text{(C) } 15"),
+    # towers of powers
+    ("512", "2^{3^2}"),
 ]
 DIFFERENT = [
     ("42", "43"),
@@ -241,6 +277,20 @@ DIFFERENT = [
     (r"\text{east}", r"\text{west}"),
     (r"\text{Evelyn}", "42"),
     ("42", r"\text{forty-two}"),
+    ("2", r"1}, \boxed{2"),
+    ("2", "1}\n\\boxed{2"),
+    ("5", "4=5"),
+    ("5", "x=4=5"),
+    ("i", "-i"),
+    ("3+4i", "4+3i"),
+    (r"\sin 30^\circ", r"\sin 31^\circ"),
+    ("2", "2abcd"),
+    ("C", "C. 15, not B"),
+    ("C", "(B)(C)"),
+    ("A. Smith", "A. Jones"),
+    ("5", "9^{9^{9^{9}}}"),
+    ("10^{10^{10^{10}}}", "10^{10}"),
+    ("0.5", "9^9^9"),
     # not mathematics, not an error
     ("5", ""),
     ("5", " "),
@@ -253,6 +303,7 @@ DIFFERENT = [
     ("5", r"\frac{1}{" * 100 + "2" + "}" * 100),
     ("5", "5" * 2000),
     ("5", "5" + " " * 2000 + "+0"),
+    ("5", "9^" * 400 + "9"),
     ("5", "1" * 900),
     ("5", "import os; os.abort()"),
     ("5", "__import__('os').abort()"),
@@ -415,7 +466,7 @@ def test_agreement_with_the_verdicts_of_public_graders(workers):
         agree, differ = table[core, kind, True], table[core, kind, False]
         print(f"\n{core:6} {kind:9} {agree}/{agree + differ} = {agree / (agree + differ):.1%}", end="")
     agree = sum(n for (core, _, equal), n in table.items() if core == "core" and equal)
-    assert agree >= 0.96 * sum(n for (core, _, _), n in table.items() if core == "core")
+    assert agree >= 0.98 * sum(n for (core, _, _), n in table.items() if core == "core")
 
 
 @pytest.mark.skipif(not CASES.is_dir(), reason=f"no grader cases at {CASES}")

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tapojax.judges import rubric
 from tapojax.rewards import answers, spans, verdicts
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -130,6 +131,62 @@ def test_marks_are_strict(text, mark):
 def test_hostile_replies_are_read_in_linear_time():
     for piece in ("\\boxed{", "{", "}", "\\", "score is", "<think>", "Score: ", " "):
         assert verdicts.parse_rubric("score is" + piece * 100_000) is None
+    for piece in ("<points>", "final grade", "final grade: ", "<points>7 out of 7 ", " ", "<think>"):
+        assert verdicts.parse_points("<points>" + piece * 100_000) is None
+        assert verdicts.parse_grade("final grade" + piece * 100_000) is None
+
+
+# ---- PAPO: points and grades
+
+
+def test_points_are_read_as_published_where_they_are_legible():
+    """Both published readings: four grades, and sevenths."""
+    data, silent = golden("papo_grader_parsers"), []
+    columns = (data[name].tolist() for name in ("texts_imobench", "score_imobench", "score_imo7_norm"))
+    for text, grade, share in zip(*columns, strict=True):
+        if verdicts.parse_points(text) is None:
+            silent.append(text)
+        else:
+            assert rubric.imo_bench(text) == grade and rubric.checkpoints(text) == pytest.approx(share), text
+    assert silent == ["<points>9 out of 7</points>", "I give 6 out of 7", "<points>6.5 out of 7</points>", "", "none"]
+    assert rubric.imo_bench("none") is None and rubric.checkpoints("none") is None, "where theirs gives 0"
+
+
+@pytest.mark.parametrize(
+    ("text", "points"),
+    [
+        ("<points>1 out of 7</points> no, <points> 7  out of 7 </points>", 7),
+        ("<think><points>7 out of 7</points></think>hm", None),
+        ("<think><points>7 out of 7</points>", None),
+        ("<points>07 out of 7</points>", None),
+        ("<points>-1 out of 7</points>", None),
+        ("<points>7</points>", None),
+        ("<points>7 out of 10</points>", None),
+        ("<points>٣ out of 7</points>", None),
+    ],
+)
+def test_points_are_strict(text, points):
+    assert verdicts.parse_points(text) == points
+
+
+def test_a_grade_must_be_said_and_only_one():
+    """Published: a mere CORRECT will do, and what says nothing is incorrect; ours has no verdict on both."""
+    data, silent = golden("papo_grader_parsers"), []
+    for text, theirs in zip(data["texts_grade"].tolist(), data["grade"].tolist(), strict=True):
+        grade = verdicts.parse_grade(text)
+        if grade is None:
+            silent.append((text, theirs))
+        else:
+            assert grade == theirs, text
+    assert silent == [
+        ("It is CORRECT", True),
+        ("It is INCORRECT", False),
+        ("CORRECT or INCORRECT?", False),
+        ("", False),
+        ("Final Grade: INCORRECT ... Final Grade: CORRECT", False),
+    ]
+    assert verdicts.parse_grade("<think>Final Grade: CORRECT</think>Final Grade: INCORRECT") is False
+    assert verdicts.parse_grade("Final Grade: CORRECTED") is None
 
 
 # ---- where both look

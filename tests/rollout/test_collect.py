@@ -1,6 +1,8 @@
 """Collecting fills the batch in order, hands every slot its data, and stops where something is missing."""
 
 import itertools
+import threading
+import time
 
 import jax
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 
 from tapojax.algorithms.dapo import dapo
 from tapojax.algorithms.grpo import grpo
+from tapojax.rewards import loop
 from tapojax.rollout import collect
 from tapojax.types import Engine, Prompts, Rollout, Sampling, Task
 
@@ -29,9 +32,12 @@ class Letters:
 
 
 def fake_engine(calls):
-    """Row r of prompt p completes with p's letter and the place in the group: "A0", "A1", then the end token."""
+    """Row r of prompt p completes with p's letter and the place in the group: "A0", "A1", then the end token.
 
-    def generate(weights, prompts, key, *, group_size, sampling, temperature=None, carry=()):
+    The last rows are told of first.
+    """
+
+    def generate(weights, prompts, key, *, group_size, sampling, temperature=None, carry=(), finished=None):
         calls.append({"weights": weights, "prompts": prompts, "key": key, "temperature": temperature, "carry": carry})
         tokens = np.zeros((len(prompts.tokens) * group_size, WIDTH), np.int32)
         for row in range(len(tokens)):
@@ -42,6 +48,8 @@ def fake_engine(calls):
         rows = len(tokens)
         source, truncated = np.zeros(rows, np.int32), np.zeros(rows, bool)
         versions = np.where(mask, tokens, -1)
+        for row in reversed(range(rows if finished else 0)):
+            finished(row, tokens[row][mask[row]].tolist())
         return Rollout(tokens, mask, numbers, numbers, np.ones(rows, np.int32), truncated, source, versions)
 
     return Engine(load=lambda params, version: params, generate=generate)
@@ -282,3 +290,189 @@ def test_decode_reads_the_mask_and_nothing_else():
     assert collect.decode(Letters(), rollout) == ["A0", "A1"]
     holes = rollout._replace(mask=np.array([[0, 0, 1, 0, 0], [0, 0, 0, 0, 0]], bool))
     assert collect.decode(Letters(), holes) == ["0", ""]
+
+
+# ---- streaming or after
+
+
+def small_chunks(overlap):
+    return loop.Options(overlap, chunk_rows=3, threads=2, linger_s=0.01, wait_s=30.0)
+
+
+def with_costs(task):
+    """As judges do it: only right rows cost something, and a call without one has no such channel."""
+
+    def score(examples, completions):
+        scores, errors = task.score(examples, completions)
+        right = scores["correct"] == 1
+        cost = np.where(right, np.char.str_len(completions), np.nan).astype(np.float32)
+        return {**scores, **({"judge_tokens": cost} if right.any() else {})}, errors
+
+    return task._replace(score=score)
+
+
+def flaky(example, completion):
+    return NAN if completion == "D1" else mixed(example, completion)
+
+
+def test_streaming_and_after_collect_the_same():
+    """Several rounds, rows without a score, channels that come and go: not a bit differs but the clock's."""
+    parts = []
+    for overlap in (True, False):
+        algorithm = dapo(group_size=GROUP, max_tokens=3)
+        task = with_costs(fake_task(flaky))
+        how = dict(max_error_share=0.3, reward=small_chunks(overlap))
+        parts.append(run(batches_of("abcd", "aBcD", "efGh", "IjKL"), task, algorithm, **how))
+    streamed, after = parts
+    assert ids(streamed) == ids(after) and streamed.completions == after.completions
+    assert (streamed.errors, streamed.sampled_rows) == (after.errors, after.sampled_rows) == (["judge down on D1"], 32)
+    assert {*streamed.scores} == {*after.scores} == {"correct", "judge_tokens"}
+    jax.tree.map(np.testing.assert_array_equal, streamed.scores, after.scores)
+    jax.tree.map(np.testing.assert_array_equal, streamed.rollout, after.rollout)
+    assert len(after.call_seconds) == 4 and len(streamed.call_seconds) >= 12, "one call a round, or chunks of 3 rows"
+
+
+def test_scoring_begins_before_sampling_ends():
+    """The engine waits for the first score before it finishes its last row."""
+    scored = threading.Event()
+
+    def verdict(example, completion):
+        scored.set()
+        return 1.0
+
+    engine = fake_engine([])
+
+    def generate(*given, finished, **how):
+        def last_one_waits(row, tokens):
+            assert row or scored.wait(30), "nothing is scored while a row is missing"
+            finished(row, tokens)
+
+        return engine.generate(*given, finished=last_one_waits, **how)
+
+    part = collect.collect(
+        engine._replace(generate=generate),
+        "weights",
+        batches_of("ABC"),
+        fake_task(verdict),
+        grpo(group_size=GROUP),
+        Sampling(3),
+        step=3,
+        key=jax.random.key(7),
+        reward=small_chunks(True),
+    )
+    np.testing.assert_array_equal(part.scores["correct"], np.ones(6))
+
+
+def test_after_means_that_the_engine_is_asked_to_tell_nobody():
+    def generate(*given, **how):
+        assert "finished" not in how
+        return engine.generate(*given, **how)
+
+    engine = fake_engine([])
+    for silent in (engine._replace(generate=generate),):
+        part = collect.collect(
+            silent,
+            "weights",
+            batches_of("AB"),
+            fake_task(right),
+            grpo(group_size=GROUP),
+            Sampling(3),
+            step=3,
+            key=jax.random.key(7),
+            reward=small_chunks(False),
+        )
+    assert ids(part) == "AB"
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_each_row_is_decoded_once_and_injected_ones_again(overlap):
+    class Counting(Letters):
+        def decode(self, token_ids, skip_special_tokens=True):
+            decoded.append(super().decode(token_ids))
+            return decoded[-1]
+
+    def inject(rollout, scores, prompts, key, memory, score):
+        tokens = rollout.tokens.copy()
+        tokens[1, 2] = ord("!")
+        return rollout._replace(tokens=tokens), scores, memory
+
+    decoded = []
+    task = fake_task(right)._replace(tokenizer=Counting())
+    injecting = grpo(group_size=GROUP)._replace(inject=inject)
+    part = run(batches_of("AB"), task, injecting, reward=small_chunks(overlap))
+    assert part.completions == ["A0", "A!", "B0", "B1"]
+    assert sorted(decoded) == ["A!", "A0", "A1", "B0", "B1"]
+
+
+def test_the_breaker_stops_the_engine():
+    """The first chunk's failures are known before the last rows are sampled: those never are."""
+    told = []
+
+    def generate(weights, prompts, key, *, finished, **how):
+        for row in range(12):
+            finished(row, [65, 48])
+            told.append(row)
+            assert row < 3 or failed.wait(30)
+            time.sleep(0.05 * (row >= 3))
+        raise AssertionError("it was not stopped")
+
+    failed = threading.Event()
+
+    def verdict(example, completion):
+        failed.set()
+        return NAN
+
+    with pytest.raises(ValueError, match="3 of 3 rows could not be scored, 12 are sampled in a round") as error:
+        collect.collect(
+            Engine(lambda *_: None, generate),
+            "weights",
+            batches_of("ABCDEF"),
+            fake_task(verdict),
+            grpo(group_size=GROUP),
+            Sampling(3),
+            step=3,
+            key=jax.random.key(7),
+            reward=small_chunks(True),
+        )
+    assert "collect.max_error_share is 0.2" in str(error.value) and len(told) < 12
+
+
+def test_rows_scored_by_the_servers_follow_the_same_rules():
+    def scored(verdict, **kwargs):
+        engine, task = fake_engine([]), fake_task(verdict)
+
+        def generate_scored(weights, prompts, key, *, group_size, **how):
+            rollout = engine.generate(weights, prompts, key, group_size=group_size, **how)
+            rows = [example for example in prompts.examples for _ in range(group_size)]
+            return rollout, *task.score(rows, collect.decode(Letters(), rollout))
+
+        def not_here(examples, completions):
+            raise AssertionError("scored again")
+
+        return collect.collect(
+            engine._replace(generate_scored=generate_scored),
+            "weights",
+            batches_of("ABCD"),
+            task._replace(score=not_here),
+            grpo(group_size=GROUP)._replace(**kwargs),
+            Sampling(3),
+            step=3,
+            key=jax.random.key(7),
+        )
+
+    part = scored(lambda e, c: NAN if c == "B1" else 1.0)
+    np.testing.assert_array_equal(part.scores["correct"], [1, 1, 1, NAN, 1, 1, 1, 1])
+    assert list(part.errors) == ["judge down on B1"] and list(part.call_seconds) == []
+    with pytest.raises(ValueError, match="8 of 8 rows could not be scored"):
+        scored(lambda e, c: NAN)
+    with pytest.raises(ValueError, match=r"score channels \['process'\], the task gives \['correct'\]"):
+        scored(right, needs=frozenset({"correct", "process"}))
+
+
+def test_the_groups_that_are_not_kept_are_observed_too():
+    told = []
+    algorithm = dapo(group_size=GROUP, max_tokens=3)
+    run(batches_of("aB", "cD"), fake_task(mixed), algorithm, observe=lambda *round: told.append(round))
+    assert [[example["id"] for example in examples] for examples, _, _ in told] == [["a", "B"], ["c", "D"]]
+    assert [correct.tolist() for _, correct, _ in told] == [[0, 0, 1, 0]] * 2
+    assert [source.tolist() for _, _, source in told] == [[0] * 4] * 2, "where each row came from"

@@ -182,3 +182,94 @@ def test_a_prompt_outside_the_budget_is_named(tokens):
 def test_impossible_sampling_is_refused(bad):
     with pytest.raises(ValueError, match="need temperature"):
         Sampling(**({"max_tokens": 4} | bad))
+
+
+# ---- told of finished rows
+
+
+def told(sampling, count, engine=None, weights=None, **kwargs):
+    """The rollout in segments of `count` tokens, and what was said of its rows while it ran."""
+    engine = engine or local.local_engine(MODEL, max_prompt_tokens=7, stream_tokens=count)
+    rows = []
+    kwargs = {"group_size": 3, "finished": lambda row, tokens: rows.append((row, tokens))} | kwargs
+    rollout = engine.generate(weights or WEIGHTS, RAGGED, jax.random.key(1), sampling=sampling, **kwargs)
+    return rollout, rows
+
+
+def assert_each_row_told_once(rollout, rows):
+    want = {row: rollout.tokens[row][mask].tolist() for row, mask in enumerate(rollout.mask)}
+    assert len(rows) == len(want) and dict(rows) == want
+
+
+STOPPED = {"stop_token_ids": (1, 2, 3)}
+
+
+@pytest.mark.parametrize(
+    ("count", "kwargs"),
+    [
+        (1, STOPPED),
+        (4, STOPPED),
+        (64, STOPPED),
+        (4, {"temperature": 0.0}),
+        (2, {"temperature": 0.7, "top_k": 9, "top_p": 0.9}),
+    ],
+    ids=["each token", "ragged end", "one segment", "greedy", "filtered"],
+)
+def test_segments_give_the_rows_of_the_single_loop_bit_for_bit(count, kwargs):
+    sampling = Sampling(9, pad_token_id=39, **kwargs)
+    want = generate(sampling)
+    rollout, rows = told(sampling, count)
+    for name, values in want._asdict().items():
+        np.testing.assert_array_equal(getattr(rollout, name), values, err_msg=name)
+    assert_each_row_told_once(rollout, rows)
+
+
+def test_rows_are_told_of_when_they_end_and_not_later():
+    """In segments of 2 tokens a row of length n is among the first ceil(n / 2) segments' news."""
+    rollout, rows = told(Sampling(9, stop_token_ids=(1, 2, 3, 4, 5)), 2)
+    segments = [-(-len(tokens) // 2) for _, tokens in rows]
+    assert segments == sorted(segments) and len(set(segments)) > 2, "the test shows nothing"
+    assert rollout.truncated.sum() == sum(tokens[-1] not in (1, 2, 3, 4, 5) for _, tokens in rows)
+
+
+def test_the_temperature_slot_streams_too():
+    algorithm, carry = hapo_with_statistics()
+    slot = dict(temperature=algorithm.temperature, carry=carry)
+    rollout, rows = told(Sampling(9), 4, **slot)
+    want = generate(Sampling(9), **slot)
+    for name, values in want._asdict().items():
+        np.testing.assert_array_equal(getattr(rollout, name), values, err_msg=name)
+    assert_each_row_told_once(rollout, rows)
+
+
+@pytest.mark.parametrize("stop", [(), tuple(range(40))], ids=["never", "at once"])
+def test_rows_that_end_together(stop):
+    rollout, rows = told(Sampling(9, stop_token_ids=stop), 4)
+    assert_each_row_told_once(rollout, rows)
+    assert {len(tokens) for _, tokens in rows} == {1 if stop else 9}
+
+
+@pytest.mark.parametrize("axes", [{}, {"data": 2, "tensor": 2}], ids=["one device", "mesh"])
+def test_all_segments_are_one_program(axes):
+    sampling, mesh = Sampling(8, stop_token_ids=(1, 2)), sharding.make_mesh(**axes)
+    want, before = generate(sampling), local._segment._cache_size()
+    with jax.set_mesh(mesh):
+        engine = local.local_engine(MODEL, max_prompt_tokens=7, stream_tokens=2)
+        weights = engine.load(jax.device_put(PARAMS, sharding.tree_shardings(PARAMS, mesh)), 0)
+        rollout, rows = told(sampling, 2, engine, weights)
+    assert local._segment._cache_size() == before + 1
+    assert_each_row_told_once(rollout, rows)
+    np.testing.assert_array_equal(rollout.tokens, want.tokens)
+
+
+def test_what_the_listener_raises_ends_generation():
+    def refuse(row, tokens):
+        raise RuntimeError("too many errors")
+
+    with pytest.raises(RuntimeError, match="too many errors"):
+        told(Sampling(9), 2, finished=refuse)
+
+
+def test_an_impossible_segment_is_refused():
+    with pytest.raises(ValueError, match="sampling.stream_tokens=0"):
+        local.local_engine(MODEL, max_prompt_tokens=7, stream_tokens=0)

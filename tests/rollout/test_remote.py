@@ -107,12 +107,134 @@ def test_each_version_of_the_weights_samples_its_own_rows(params):
 
 
 def test_a_batch_spreads_over_servers_and_comes_back_in_order(params):
-    made, samplers = fakes(3)
+    made, samplers = fakes(3, seconds=0.3)  # each is still at work when the next request is sent
     with serving_all(*samplers) as servers, engine_of(servers, probe_tolerance=float("inf")) as engine:
         rollout = generate(engine, engine.load(params, 0))
     check_rows(rollout, requests=3)
     assert sorted(index for fake in made for _, index in fake.asked) == list(range(6)), "each prompt once"
     assert all(fake.asked for fake in made), "every server had work"
+
+
+def told_of(rows):
+    """What generate's `finished` does, and a check that it was told of each row once."""
+
+    def check(rollout):
+        want = {row: rollout.tokens[row][mask].tolist() for row, mask in enumerate(rollout.mask)}
+        assert len(rows) == len(want) and dict(rows) == want
+
+    return (lambda row, tokens: rows.append((row, tokens))), check
+
+
+def test_finished_groups_are_told_of_as_they_arrive(params):
+    """The server keeps back its last group until the others were told of."""
+    (fake,), samplers = fakes(1)
+    rows = []
+    finished, check = told_of(rows)
+
+    async def before(index):
+        while index == 5 and len(rows) < 5 * GROUP_SIZE:
+            await asyncio.sleep(0.01)
+
+    fake.on_group = before
+    with serving_all(*samplers) as servers, engine_of(servers, probe_tolerance=float("inf")) as engine:
+        rollout = generate(engine, engine.load(params, 0), finished=finished)
+    check_rows(rollout)
+    check(rollout)
+
+
+def test_a_jax_server_hands_out_groups_while_it_samples(params, monkeypatch):
+    """Its sampler keeps back the last news until the trainer was told of a group."""
+    stream, first = local.stream, threading.Event()
+    rows, news = [], []
+    finished, check = told_of(rows)
+
+    def late(*given, **how):
+        *given, told = given
+
+        def told_late(row, ended):
+            news.append(row)
+            assert len(news) < len(PROMPTS.tokens) * GROUP_SIZE or first.wait(30), "nothing was handed out"
+            told(row, ended)
+
+        return stream(*given, told_late, **how)
+
+    def finished_first(row, tokens):
+        first.set()
+        finished(row, tokens)
+
+    monkeypatch.setattr(local, "stream", late)
+    served = jax_sampler(MODEL, max_prompt_tokens=4, max_tokens=8, stream_tokens=2)
+    with serving_all(served) as servers, engine_of(servers) as engine:
+        rollout = generate(engine, engine.load(params, 3), finished=finished_first)
+    check(rollout)
+
+
+def test_a_jax_server_stops_sampling_when_nobody_waits(params, monkeypatch):
+    """And is free for the next request, with the same rows."""
+    stream, ends, news = local.stream, [], []
+
+    def watched(*given, **how):
+        *given, told = given
+
+        def told_late(row, ended):
+            news.append(row)
+            if len(news) == len(PROMPTS.tokens) * GROUP_SIZE:  # of the first request
+                wait_until(lambda: any(work.task.cancelling() for work in servers[0].servicer.works.values()))
+            told(row, ended)
+
+        try:
+            return stream(*given, told_late, **how)
+        except InterruptedError:
+            ends.append("stopped")
+            raise
+
+    def refuse(row, tokens):
+        raise RuntimeError("too many errors")
+
+    monkeypatch.setattr(local, "stream", watched)
+    here = local.local_engine(MODEL, max_prompt_tokens=4)
+    served = jax_sampler(MODEL, max_prompt_tokens=4, max_tokens=8, stream_tokens=1)
+    with serving_all(served) as servers, engine_of(servers) as engine:
+        weights = engine.load(params, 3)
+        with pytest.raises(RuntimeError, match="too many errors"):
+            generate(engine, weights, finished=refuse)
+        got = generate(engine, weights)
+    want = generate(here, here.load(params, 3))
+    np.testing.assert_array_equal(got.behaviour_logprobs, want.behaviour_logprobs)
+    assert ends == ["stopped"]
+
+
+def test_rows_are_told_of_once_though_a_server_dies(params):
+    made, samplers = fakes(2, seconds=0.05)
+    rows, reached = [], threading.Event()
+    finished, check = told_of(rows)
+
+    async def at_third(index):
+        reached.set() if index == 2 else None
+
+    with serving_all(*samplers) as servers, engine_of(servers, probe_tolerance=float("inf")) as engine:
+        weights = engine.load(params, 0)
+        made[0].on_group = made[1].on_group = at_third
+        killer = threading.Thread(target=lambda: (reached.wait(10), servers[0].kill()))
+        killer.start()
+        rollout = generate(engine, weights, finished=finished)
+        killer.join()
+    check_rows(rollout, requests=2)
+    check(rollout)
+
+
+def test_what_the_listener_raises_ends_generation_on_the_servers_too(params):
+    (fake,), samplers = fakes(1, seconds=0.05)
+
+    def refuse(row, tokens):
+        raise RuntimeError("too many errors")
+
+    with serving_all(*samplers) as servers, engine_of(servers, probe_tolerance=float("inf")) as engine:
+        weights = engine.load(params, 0)
+        with pytest.raises(RuntimeError, match="too many errors"):
+            generate(engine, weights, finished=refuse)
+        wait_until(lambda: all(work.done for work in servers[0].servicer.works.values()))
+    assert len(fake.asked) < len(PROMPTS.tokens), "the rest was not sampled"
 
 
 def test_a_temperature_of_its_own_cannot_be_sent(params):

@@ -1,0 +1,1 @@
+"""Files of problems as they are published: read, understood, prepared, and kept as TFDS folders."""
