@@ -45,7 +45,7 @@ ROUNDS = flags.DEFINE_integer("rounds", None, "processes of each library for eac
 THREADS = flags.DEFINE_integer("threads", 2, "CPU threads, and cores that all processes are kept on", lower_bound=1)
 TRL_PYTHON = flags.DEFINE_string("trl_python", "", "the Python that has trl; empty: TRL is left out")
 TUNIX_PYTHON = flags.DEFINE_string("tunix_python", "", "the Python that has tunix; empty: Tunix is left out")
-RESULTS = flags.DEFINE_string("results", "results", "folder for benchmark-<time>.json and benchmark-history.jsonl")
+RESULTS = flags.DEFINE_string("folder", "results", "folder for benchmark-<time>.json and benchmark-history.jsonl")
 
 ROOT = Path(__file__).parents[1]
 OURS = "tapojax"

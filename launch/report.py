@@ -1,7 +1,7 @@
 """Results beside each other: avg@k set by set, and differences to the first, problem by problem.
 
     python -m launch.report results/mine-initial results/mine-40
-    python -m launch.report results/base-hapo results/dapo-hapo results/hapo-hapo --output=hapo.md
+    python -m launch.report results/base-hapo results/dapo-hapo results/hapo-hapo --out=hapo.md
 
 A result is a folder that launch.evaluate wrote; a run's folder stands for its last evaluation, without differences. Of
 one result alone the table is printed. Sets with other problems under the same name are named and not compared.
@@ -15,7 +15,7 @@ from absl import app, flags
 
 from tapojax import protocols, report, results
 
-OUTPUT = flags.DEFINE_string("output", "results/comparison.md", "file to write the table to; of several results")
+OUTPUT = flags.DEFINE_string("out", "results/comparison.md", "file to write the table to; of several results")
 KEYS = ("name", "policy", "protocol", "notes", "sampling", "sets", "mean", "ks")  # what is read of a result
 
 

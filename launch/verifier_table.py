@@ -1,6 +1,6 @@
 """How far the verifier agrees with others: on graded cases, beside math-verify alone, as a table.
 
-    python -m launch.verifier_table --cases=../shared/data/grader_cases
+    python -m launch.verifier_table ../shared/data/grader_cases
 
 The folder holds any of these files of JSON lines (all but the last may be compressed, .jsonl.gz):
 
@@ -14,21 +14,17 @@ three of the four graders which compare meaning. The second table lists, one by 
 that panel is of one mind) and of the panel where this verifier says otherwise.
 """
 
+import argparse
 import collections
 import gzip
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from absl import app, flags
-
 from tapojax.rewards import answers, pool, spelling
 
-CASES = flags.DEFINE_string("cases", None, "folder with verdicts.jsonl and its companions")
-DEADLINE = flags.DEFINE_float("deadline_s", 8.0, "of one comparison")
-WORKERS = flags.DEFINE_integer("workers", 1, "processes that compare")
 PANEL = ("prm800k", "verl_prime", "qwen", "verl_math_verify")
 MAJORITY = 3
 
@@ -43,20 +39,24 @@ class Case(NamedTuple):
     core: bool
 
 
-def main(arguments):
-    if arguments[1:] or not CASES.value or not Path(CASES.value).is_dir():
-        sys.exit("error: give the folder of the cases as --cases=FOLDER")
-    folder = Path(CASES.value)
+def main(arguments: Sequence[str]):
+    parser = argparse.ArgumentParser(prog="python -m launch.verifier_table")
+    parser.add_argument("folder", type=Path, help="with verdicts.jsonl and its companions")
+    parser.add_argument("--deadline_s", type=float, default=8.0, help="of one comparison")
+    parser.add_argument("--workers", type=int, default=1, help="processes that compare")
+    given = parser.parse_args(arguments)
+    if not (folder := given.folder).is_dir():
+        sys.exit(f"error: {folder} is no folder: give the one that holds verdicts.jsonl")
     cases = [*verdicts(rows(folder, "verdicts")), *panel(rows(folder, "reference_verdicts"))]
-    with pool.Pool(answers.CHECKER, workers=WORKERS.value, memory_mb=1024) as workers:
+    with pool.Pool(answers.CHECKER, workers=given.workers, memory_mb=1024) as workers:
         ours = answers.grade(
             [case.completion for case in cases],
             [case.gold for case in cases],
-            deadline_s=DEADLINE.value,
+            deadline_s=given.deadline_s,
             workers=workers,
         )
-    with pool.Pool("launch.verifier_table:math_verify_alone", workers=WORKERS.value, memory_mb=1024) as workers:
-        alone = workers.run([[case.gold, case.completion] for case in cases], deadline_s=DEADLINE.value)
+    with pool.Pool("launch.verifier_table:math_verify_alone", workers=given.workers, memory_mb=1024) as workers:
+        alone = workers.run([[case.gold, case.completion] for case in cases], deadline_s=given.deadline_s)
     theirs = [outcome.value if outcome.error is None else None for outcome in alone]
     print(table(cases, [grade.correct for grade in ours], theirs))
     print(strings("extraction", rows(folder, "extraction"), "text", "extracted", _extracts))
@@ -163,4 +163,4 @@ def disagreements(cases: list[Case], ours: list[answers.Grade], theirs: list[boo
 
 
 if __name__ == "__main__":
-    app.run(main)
+    main(sys.argv[1:])

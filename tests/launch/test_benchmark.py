@@ -20,7 +20,7 @@ def run(*flags) -> subprocess.CompletedProcess:
 
 def test_quick_run_of_ours_alone_writes_json_history_and_table(tmp_path):
     cases = ["generate", "train", "step_kl", "logprobs_backward"]
-    done = run(f"--cases={','.join(cases)}", f"--results={tmp_path}")
+    done = run(f"--cases={','.join(cases)}", f"--folder={tmp_path}")
     assert done.returncode == 0, done.stdout + done.stderr
 
     (path,) = tmp_path.glob("benchmark-*.json")
@@ -49,7 +49,7 @@ def test_quick_run_of_ours_alone_writes_json_history_and_table(tmp_path):
     ],
 )
 def test_mistakes_end_with_a_message_before_anything_runs(flag, message, tmp_path):
-    done = run(flag, f"--results={tmp_path}")
+    done = run(flag, f"--folder={tmp_path}")
     assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())
 

@@ -48,7 +48,7 @@ def command(*given, cwd=ROOT):
 
 
 def test_two_results_and_a_run_beside_each_other(two, run, tmp_path):
-    done = command(*two, run, f"--output={tmp_path / 'new' / 'table.md'}")
+    done = command(*two, run, f"--out={tmp_path / 'new' / 'table.md'}")
     assert done.returncode == 0, done.stdout + done.stderr
     text = (tmp_path / "new" / "table.md").read_text()
     assert done.stdout == f"{text}\nwritten  {tmp_path / 'new' / 'table.md'}\n"

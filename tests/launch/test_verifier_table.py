@@ -4,7 +4,6 @@ import gzip
 import json
 
 import pytest
-from absl import flags
 
 from launch import verifier_table
 
@@ -47,8 +46,7 @@ def folder(tmp_path):
 
 
 def test_the_table(folder, capsys):
-    flags.FLAGS(["", f"--cases={folder}"])
-    verifier_table.main([""])
+    verifier_table.main([str(folder)])
     out = capsys.readouterr().out
     assert "| model | 2 | 2 | 2 | 0 | 2 | 2 | 2 |" in out, "a panel of two minds expects nothing"
     assert "| suite | 4 | 2 | " in out and "| all | 6 | 4 | " in out
@@ -59,6 +57,5 @@ def test_the_table(folder, capsys):
 
 
 def test_a_folder_is_needed():
-    flags.FLAGS(["", "--cases=/nowhere/at/all"])
-    with pytest.raises(SystemExit, match="--cases=FOLDER"):
-        verifier_table.main([""])
+    with pytest.raises(SystemExit, match="/nowhere/at/all is no folder"):
+        verifier_table.main(["/nowhere/at/all"])
