@@ -27,6 +27,7 @@ def get_config(mode: str = ""):
     )
     c.judge = base.get_config(judge="genrm").judge
     c.judge.endpoint.timeout_s = 600.0  # a critique has thousands of tokens
+    c.reward.deadline_s = 2400.0  # over reward servers: three tries of a question, and the wait for a replica
     c.steps = steps
     c.algorithm.overlong_buffer = 4096
     c.optimizer.warmup_updates, c.optimizer.weight_decay = 10, 0.1

@@ -24,6 +24,7 @@ def get_config(mode: str = ""):
     overlong_buffer = MODES[base.choose("papo_math", mode, MODES)]
     c = large.get_config(algorithm="papo", prompts=128, group_size=8, prompt_tokens=2048, max_tokens=8192, updates=4)
     c.judge = base.get_config(judge="rubric").judge
+    c.reward.deadline_s = 600.0  # over reward servers: three tries of a question, and the wait for a replica
     c.steps = 1093  # seven passes
     c.algorithm.overlong_buffer = overlong_buffer
     c.optimizer.weight_decay = 0.01

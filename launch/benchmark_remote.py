@@ -163,7 +163,7 @@ def staleness():
     config.evaluation.every, config.task.evaluation_size = 0, 64
     config.sft.updates, config.sft.warmup_updates = 20, 5
     config.rollout.weights_dtype, config.train.correction = "float32", "token"
-    model = build.model(config.model, build.task(config).tokenizer)
+    model = build.model(config.model, build.problems(config).tokenizer)
     budgets = {key: config.sampling[key] for key in ("max_prompt_tokens", "max_tokens")}
 
     def run(lag: int, steps: int) -> float:

@@ -50,7 +50,8 @@ def setup(config) -> Setup:
     check_rows(config)
     mesh, problems = sharding.make_mesh(**config.mesh), task(config)
     decoder_config, algo = model(config.model, problems.tokenizer), algorithm(config, problems)
-    check_rewards(config, algo)
+    sampler = engine(config, decoder_config)
+    check_rewards(config, algo, sampler)
     return Setup(
         mesh=mesh,
         task=problems,
@@ -59,7 +60,7 @@ def setup(config) -> Setup:
         optimizer=optimizer(
             config.optimizer, total_updates=config.steps * config.train.minibatches * config.train.epochs
         ),
-        engine=engine(config, decoder_config),
+        engine=sampler,
         sampling=sampling(config, problems.tokenizer),
         eval_sampling=sampling(
             config,
@@ -78,11 +79,16 @@ def setup(config) -> Setup:
     )
 
 
-def task(config) -> Task:
-    """The task with the judges that the config names; reward servers score it whole, judges included."""
-    problems = sections.build(
+def problems(config) -> Task:
+    """The task alone, scored by its own verifier: no judge is loaded and no server asked."""
+    return sections.build(
         TASKS, config.task, "task", seed=config.seed, max_prompt_tokens=config.sampling.max_prompt_tokens
     )
+
+
+def task(config) -> Task:
+    """The problems with the judges that the config names; reward servers score them whole, judges included."""
+    made = problems(config)
     if config.reward.addresses:
         section = config.reward
         score = rewards.remote_score(
@@ -91,13 +97,13 @@ def task(config) -> Task:
             deadline_s=section.deadline_s,
             retries=section.retries,
         )
-        return problems._replace(score=score)
+        return made._replace(score=score)
     if config.answer_judge.name:
         second = sections.build(sections.ANSWER_JUDGES, config.answer_judge.to_dict(), "answer_judge")
-        problems = answer.second_look(problems, second)
+        made = answer.second_look(made, second)
     if config.judge.name:
-        problems = judged.judged(problems, judge(config), **_place(config.judge))
-    return problems
+        made = judged.judged(made, judge(config), **_place(config.judge))
+    return made
 
 
 def batches(config, problems: Task) -> tuple[order.Batches, dict[str, float], Callable | None]:
@@ -113,13 +119,29 @@ def reward_security(section) -> security.Security:
     return security.load_security(**{name: section[name] for name in section if name.endswith("_file")})
 
 
-def check_rewards(config, algo: Algorithm):
-    """The reward servers must score this task, in the channels that the algorithm needs.
+def alone(config) -> ConfigDict:
+    """The same config without servers and judges: a policy and its checkpoints need neither."""
+    config = config.copy_and_resolve_references()
+    config.rollout.addresses = config.reward.addresses = ()
+    config.judge = config.answer_judge = ConfigDict({"name": ""})
+    return config
+
+
+def check_rewards(config, algo: Algorithm, sampler: Engine):
+    """Servers that score must do so for this task, in the channels that algorithm and judges need, and have the time.
 
     Raises:
-      ConnectionError: none of them answers.
-      ValueError: they score something else.
+      ConnectionError: none of the reward servers answers.
+      ValueError: they score something else; a judge may think longer than they are waited for.
     """
+    judges = [_place(config.judge)["channel"]] if config.judge.name else []
+    judges += [answer.SECTION] if config.answer_judge.name else []
+    needs = algo.needs | {f"{channel}_asked" for channel in judges}
+    if sampler.generate_scored and (missing := needs - set(sampler.score_channels)):
+        raise ValueError(
+            f"rollout.score_on_server: algorithm and judge need the score channels {sorted(missing)}, the rollout "
+            f"servers give {sorted(sampler.score_channels)}: start their --reward_addresses with the same --config"
+        )
     if not config.reward.addresses:
         return
     said = rewards.describe(config.reward.addresses, security=reward_security(config.reward))
@@ -128,13 +150,18 @@ def check_rewards(config, algo: Algorithm):
             f"the reward servers score the task {said.task!r}, this config has {config.task.name!r}: start them with "
             "the same --config"
         )
-    judges = [_place(config.judge)["channel"]] if config.judge.name else []
-    judges += [answer.SECTION] if config.answer_judge.name else []
-    if missing := (algo.needs | {f"{channel}_asked" for channel in judges}) - set(said.channels):
+    if missing := needs - set(said.channels):
         raise ValueError(
             f"algorithm and judge need the score channels {sorted(missing)}, the reward servers give "
             f"{sorted(said.channels)}: start them with the same --config"
         )
+    for name in ("judge", "answer_judge"):
+        timeout_s, deadline_s = config[name].get("endpoint", {}).get("timeout_s", 0.0), config.reward.deadline_s
+        if timeout_s > deadline_s:
+            raise ValueError(
+                f"{name}.endpoint.timeout_s={timeout_s} is longer than reward.deadline_s={deadline_s}: rows that the "
+                "judge still thinks about would be asked again elsewhere; raise reward.deadline_s to what a chunk takes"
+            )
 
 
 def judge(config) -> judged.Judge:
@@ -170,8 +197,7 @@ def trained(config, folder: str) -> critic.Trained:
     its = base.get_config(**{name: written[name]["name"] for name in ("algorithm", "task")})
     its.update(written)  # what it does not say is younger than the run
     its.mesh, its.mismatch = config.mesh, config.mismatch  # it is not trained here
-    its.rollout.addresses = its.reward.addresses = ()  # it was sampled and scored there, once
-    its.judge = its.answer_judge = ConfigDict({"name": ""})
+    its = alone(its)  # it was sampled and scored there, once
     for key in [key for key in its.task if key.endswith("_path") and key != "tokenizer_path"]:
         its.task[key] = ""  # nor are its problems needed
     run = setup(its)

@@ -21,7 +21,8 @@ CONFIG = config_flags.DEFINE_config_file(
     "config", None, "a file of configs/, such as configs/quickstart.py", lock_config=True
 )
 WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run; an existing one is resumed [runs/<config>-<time>]")
-PLACES = (".addresses", "_file")  # keys that say where servers are, which a resumed run may find elsewhere
+# keys that say where something is and not what it is, which a resumed run may find elsewhere
+PLACES = (".addresses", ".token_file", ".authority_file", ".certificate_file", ".key_file", ".cache_file")
 TRACEBACK = flags.DEFINE_bool("traceback", False, "show where an error was raised, not only what it says")
 
 

@@ -16,7 +16,7 @@ OUTPUT = flags.DEFINE_string("output", None, "folder to write", required=True)
 
 def main():
     config = cli.checked_config()
-    run = build.setup(config)
+    run = build.setup(build.alone(config))
     with jax.set_mesh(run.mesh):
         name, params = evaluate.chosen_params(config, run)
     source = config.model.path or None

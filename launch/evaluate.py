@@ -41,6 +41,7 @@ NAME = flags.DEFINE_string("name", "", "of the result's folder [the policy and t
 # sections of the config that do not decide what is sampled, and keys that say where it comes from
 UNASKED = {*"steps prompts_per_step group_size algorithm optimizer train mismatch asynchrony collect".split()}
 UNASKED |= {*"curriculum sft checkpoint log mesh".split()}
+ROLLOUT_KEYS = ("weights_dtype", "prompts_per_request")  # of the section rollout, those that decide samples
 UNASKED_KEYS = ("train_path", "evaluation_path", "teacher_path", *cli.PLACES)
 BENCHMARK = ("subset", "final_answer_correct")  # of a problem, where it says so
 SAMPLING = ("temperature", "top_p", "top_k", "max_tokens")
@@ -59,6 +60,7 @@ def main():
         name, params = chosen_params(config, run)
         policy = {"name": name, **identity(config, name)}
         folder = Path(RESULTS.value) / (NAME.value or "-".join(filter(None, [name, PROTOCOL.value])))
+        refuse_to_lose(folder, sets)
         folder.mkdir(parents=True, exist_ok=True)
         weights = functools.cache(lambda: run.engine.load(params, 0))  # not loaded where nothing is left to sample
         found = {}
@@ -91,6 +93,28 @@ def save(folder: Path, result: Mapping):
     (folder / "result.md").write_text(table + "\n")
     rows = ", ".join(f"{name}.jsonl" for name in result["sets"])
     print(f"\n{table}\n\nwritten  {folder}/result.json, result.md, {rows}")
+
+
+def refuse_to_lose(folder: Path, sets: Sequence[Problems]):
+    """A result of other sets stays; those that are asked for again keep their samples.
+
+    Raises:
+      ValueError: the folder's result has sets that are not among these.
+    """
+    file = folder / "result.json"
+    try:
+        held = json.loads(file.read_text())["sets"]
+    except (OSError, ValueError, KeyError):  # there is none, or its writing was killed
+        return
+    names = [problems.name for problems in sets]
+    if others := [name for name in held if name not in names]:
+        entries = ",".join(
+            f"{name}={held[name]['data']['path']}" if held[name]["data"]["path"] else "own" for name in others
+        )
+        raise ValueError(
+            f"{file} holds also {', '.join(others)}: give --sets=...,{entries}, whose samples are kept, "
+            "or another --name"
+        )
 
 
 def versions() -> dict[str, str | None]:
@@ -218,6 +242,7 @@ def asks(config, problems: Problems) -> dict[str, Any]:
     for section in kept.values():
         for key in [key for key in section if f".{key}".endswith(UNASKED_KEYS)] if isinstance(section, dict) else ():
             del section[key]
+    kept["rollout"] = {key: kept["rollout"][key] for key in ROLLOUT_KEYS}
     del kept["model"]["path"], kept["evaluation"]["samples"], kept["evaluation"]["every"]
     return {
         "config": kept,

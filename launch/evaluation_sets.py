@@ -2,13 +2,13 @@
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from launch import sections
 from tapojax import protocols
+from tapojax.datasets import sourcing
 from tapojax.protocols import Protocol
 from tapojax.tasks import TASKS, data
 from tapojax.types import Example, Examples, Task
@@ -67,13 +67,21 @@ def _named(entry: str, config, protocol: Protocol | None) -> list[tuple[str, str
     """(name, path) of the sets of one entry; the path of a set that is in no file is empty."""
     name, equals, path = entry.partition("=")
     if equals and "/" not in name:
-        return [(name, path)]
+        return [(name, _rows(Path(path)) or path)]
     if entry == "own":
         path = config.task.get("evaluation_path", "")
         return [(_name(path, protocol) if path else config.task.name, path)]
-    if Path(entry).is_dir() and not _is_set(Path(entry)):
-        return _of_folder(Path(entry), protocol)
-    return [(_name(entry, protocol), entry)]
+    if not Path(entry).is_dir() or _is_set(Path(entry)):
+        return [(_name(entry, protocol), entry)]
+    found = _of_folder(Path(entry), protocol) if protocol else []
+    if found:
+        return found
+    if rows := _rows(Path(entry)):
+        return [(_name(rows, protocol), rows)]
+    if protocol is None:
+        raise ValueError(f"--sets={entry} is a folder: name its files, or a --protocol whose sets are in it")
+    names = [wanted.name for wanted in protocol.sets]
+    raise ValueError(f"{entry} has no file of the protocol's sets {names}: name them, --sets={names[0]}=file,...")
 
 
 def _is_set(folder: Path) -> bool:
@@ -81,27 +89,34 @@ def _is_set(folder: Path) -> bool:
     return any((folder / name).exists() for name in ("features.json", "state.json"))
 
 
+def _rows(path: Path) -> str:
+    """Where the rows of one set are: a file, a folder that is a set, a prepared folder's test file or split; or ""."""
+    if not path.is_dir() or _is_set(path):
+        return str(path)
+    files = [f for f in path.iterdir() if protocols.stem(f.name) == "test" and f.name.endswith(sourcing.FILES)]
+    versions = [f.parent for f in (*path.glob("1.0.0/features.json"), *path.glob("*/1.0.0/features.json"))]
+    files += [folder / "test" if any(folder.glob("*-test.*")) else folder for folder in versions]
+    if len(files) > 1:
+        raise ValueError(f"{path} has {len(files)} sets, {', '.join(map(str, sorted(files)))}: say --sets=NAME=FILE")
+    return str(files[0]) if files else ""
+
+
 def _name(path: str, protocol: Protocol | None) -> str:
-    """A set's name by its file, or by the folder above a version where TFDS wrote it."""
-    parts = Path(path).parts
-    versions = [i for i, part in enumerate(parts) if i and re.fullmatch(r"\d+\.\d+\.\d+", part)]
-    name = parts[versions[-1] - 1] if versions else parts[-1]
+    """A set's name by its path, the protocol's where it has one."""
+    name = protocols.title(path)
     known = protocols.set_named(protocol, name) if protocol else None
-    return known.name if known else protocols.stem(name)
+    return known.name if known else name
 
 
-def _of_folder(folder: Path, protocol: Protocol | None) -> list[tuple[str, str]]:
-    if protocol is None:
-        raise ValueError(f"--sets={folder} is a folder: name its files, or a --protocol whose sets are in it")
+def _of_folder(folder: Path, protocol: Protocol) -> list[tuple[str, str]]:
+    """The protocol's sets in a folder: files, and folders that were prepared."""
     found = []
     for wanted in protocol.sets:
-        files = sorted(str(f) for f in folder.iterdir() if protocols.set_named(protocol, f.name) == wanted)
+        named = sorted(f for f in folder.iterdir() if protocols.set_named(protocol, f.name) == wanted)
+        files = [rows for f in named if (rows := _rows(f))]
         if len(files) > 1:
             raise ValueError(f"{folder} has {len(files)} files of {wanted.name}: {files}; say --sets={wanted.name}=...")
         found += [(wanted.name, file) for file in files]
-    if not found:
-        names = [wanted.name for wanted in protocol.sets]
-        raise ValueError(f"{folder} has no file of the protocol's sets {names}: name them, --sets={names[0]}=file,...")
     return found
 
 

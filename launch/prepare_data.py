@@ -15,7 +15,7 @@ from pathlib import Path
 
 from absl import app, flags, logging
 
-from tapojax.datasets import building, preparing, recipes, report, sourcing, table, writing
+from tapojax.datasets import building, preparing, recipes, report, schema, sourcing, table, writing
 
 DATASET = flags.DEFINE_string("dataset", "", f"one of {', '.join(table.DATASETS)}")
 RECIPE = flags.DEFINE_string("recipe", "", f"instead of --dataset, one of {', '.join(recipes.RECIPES)}")
@@ -46,19 +46,24 @@ def main():
     parts: dict[str, list[tuple[list[dict], int]]] = {}  # of each split: examples, and their copies
     surveys = {}
     unreadable: dict[str, list[str]] = {split: [] for split in recipe.splits}
+    check_files(recipe)
     for split, members in recipe.splits.items():
         found = [
             preparing.survey(read(member, unreadable[split]), deduplicate=recipe.deduplicate) for member in members
         ]
-        parts[split] = [(chosen(examples, recipe), m.repeat) for (examples, _), m in zip(found, members, strict=True)]
+        parts[split] = [(examples, m.repeat) for (examples, _), m in zip(found, members, strict=True)]
         surveys[split] = preparing.merged(met for _, met in found)
+    rates = preparing.pass_rates(PASS_RATES.value) if PASS_RATES.value else {}
+    rated = preparing.count_rated(each_once(parts), rates, PASS_RATES.value) if PASS_RATES.value else {}
+    parts = {split: [(chosen(one, recipe, rates), copies) for one, copies in some] for split, some in parts.items()}
     measure, unit = ruler()
     described = report.describe(
-        {split: [one for examples, _ in some for one in examples] for split, some in parts.items()},
+        each_once(parts),
         rows={split: sum(len(examples) * copies for examples, copies in some) for split, some in parts.items()},
         published={split: published(members) for split, members in recipe.splits.items()},
         surveys=surveys,
         unreadable=unreadable,
+        rated=rated,
         against={path: list(preparing.anything(path)) for path in AGAINST.value},
         measure=measure,
         unit=unit,
@@ -69,6 +74,10 @@ def main():
     writing.text(output / "report.md", text)
     print(text)
     print(f"written  to {output.absolute()}")
+
+
+def each_once(parts: Mapping[str, list[tuple[list[dict], int]]]) -> dict[str, list[dict]]:
+    return {split: [one for examples, _ in some for one in examples] for split, some in parts.items()}
 
 
 def chosen_recipe() -> recipes.Recipe:
@@ -87,13 +96,25 @@ def chosen_recipe() -> recipes.Recipe:
         deduplicate=DEDUPLICATE.value or recipe.deduplicate,
         per_tier=PER_TIER.value or recipe.per_tier,
     )
-    if recipe.template and "{problem}" not in recipe.template:
-        raise ValueError(f"--template={recipe.template!r} has no place for the problem: write {{problem}} into it")
+    if recipe.template:
+        schema.check_template(recipe.template, "--template")
     if recipe.template and FORMAT.value == "tfds":
         raise ValueError("--format=tfds has no place for a template: choose jsonl or parquet")
     if recipe.template and recipes.kind(recipe) == "steps":
         raise ValueError("--template is for problems: solutions in steps go to a critic, who has a prompt of his own")
+    if RECIPE.value:
+        sourcing.check_named(places(), [(m.dataset, m.split) for members in recipe.splits.values() for m in members])
     return recipe
+
+
+def check_files(recipe: recipes.Recipe):
+    """Fetches the files of all parts; raises ValueError where one cannot be had, or one file would be two parts."""
+    members = [member for some in recipe.splits.values() for member in some]
+    sourcing.check_distinct({f"{m.dataset}/{m.split}, file {i}": f for m in members for i, f in enumerate(files_of(m))})
+
+
+def files_of(part: recipes.Part) -> list[Path]:
+    return sourcing.files(part.dataset, part.split, places(), Path(CACHE.value).expanduser())
 
 
 def places() -> dict[str, str]:
@@ -106,7 +127,7 @@ def read(part: recipes.Part, unreadable: list[str]) -> Iterator[dict]:
     Raises:
       ValueError: its published files have another number of rows than was published.
     """
-    files = sourcing.files(part.dataset, part.split, places(), Path(CACHE.value).expanduser())
+    files = files_of(part)
     count, before = 0, len(unreadable)
     skipped = unreadable if SKIP.value else None
     for example in preparing.convert(part.dataset, part.split, files, unreadable=skipped):
@@ -125,10 +146,9 @@ def published(parts: Sequence[recipes.Part]) -> int | None:
     return None if None in rows else sum(count for count in rows if count is not None)
 
 
-def chosen(examples: list[dict], recipe: recipes.Recipe) -> list[dict]:
+def chosen(examples: list[dict], recipe: recipes.Recipe, rates: Mapping[str, float]) -> list[dict]:
     """With their pass rates, of which those of the tiers that are asked for."""
-    if PASS_RATES.value:
-        examples = preparing.rated(examples, preparing.pass_rates(PASS_RATES.value))
+    examples = preparing.rated(examples, rates)
     return preparing.tiered(examples, per_tier=recipe.per_tier, seed=SEED.value) if recipe.per_tier else examples
 
 

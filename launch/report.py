@@ -69,7 +69,7 @@ def of_run(workdir: Path) -> results.Result:
     last = evaluations[-1]
     sampling = {key: config["evaluation"][key] for key in ("temperature", "top_p")}
     path = config["task"].get("evaluation_path")
-    sets = {protocols.stem(Path(path).name) if path else config["task"]["name"]: last}
+    sets = {protocols.title(path) if path else config["task"]["name"]: last}
     return {
         "name": f"{workdir.name}-{last['step']} (run)",
         "policy": {"name": f"{workdir.name}-{last['step']}", "step": last["step"]},

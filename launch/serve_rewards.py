@@ -33,6 +33,13 @@ KEY_FILE = flags.DEFINE_string("key_file", "", "of the certificate, PEM")
 AUTHORITY_FILE = flags.DEFINE_string("authority_file", "", "who signs clients' certificates, for mutual TLS")
 BATCH_ROWS = flags.DEFINE_integer("batch_rows", 64, "scored in one call of the verifier", lower_bound=1)
 BATCHES = flags.DEFINE_integer("batches", 4, "scored at a time", lower_bound=1)
+BATCH_S = flags.DEFINE_float(
+    "batch_s",
+    None,
+    "seconds that a call of the verifier may take until its rows go without a score and another thread takes its "
+    "place; by default 600, or reward.deadline_s where that is longer",
+    lower_bound=1e-3,
+)
 DRAIN_S = flags.DEFINE_float("drain_s", 60.0, "for the items under way, after SIGTERM", lower_bound=0)
 
 
@@ -48,10 +55,11 @@ def main():
     config.reward.addresses = ()  # they lead here
     task = build.task(config)
     telemetry.log_json()
-    asyncio.run(serve(config.task.name, task, secrets))
+    batch_s = BATCH_S.value or max(600.0, config.reward.deadline_s)
+    asyncio.run(serve(config.task.name, task, secrets, batch_s))
 
 
-async def serve(name: str, task: Task, secrets: security.Security):
+async def serve(name: str, task: Task, secrets: security.Security, batch_s: float):
     """Listens until a signal comes."""
     numbers = telemetry.telemetry()
     examples = task.train if len(task.train) else task.evaluation
@@ -67,6 +75,7 @@ async def serve(name: str, task: Task, secrets: security.Security):
         telemetry=numbers,
         max_batch=BATCH_ROWS.value,
         threads=BATCHES.value,
+        batch_s=batch_s,
     )
     running = await server.start(
         [functools.partial(pb_grpc.add_RewardsServicer_to_server, servicer)],

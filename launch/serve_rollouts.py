@@ -13,6 +13,8 @@ import asyncio
 import sys
 from pathlib import Path
 
+import grpc
+
 from tapojax.rollout import serving
 from tapojax.rollout.sampler import Sampler
 from tapojax.rpc import limits, security, server, telemetry
@@ -39,6 +41,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--max_weight_gib", type=float, default=200.0, help="of one version of the weights")
     add("--drain_s", type=float, default=600.0)
     add("--reward_addresses", default="", help="host:port,...: score completions there before they are sent")
+    add("--reward_deadline_s", type=float, default=60.0, help="of one try at a reward server; a judge may need more")
+    add("--reward_retries", type=int, default=3, help="at reward servers, before rows go without a score")
     add("--tokenizer", default="", help="with --reward_addresses: a folder, or gym; empty: --model")
     add("--max_num_seqs", type=int, default=256, help="vllm: rows at a time")
     add("--gpu_memory_utilization", type=float, default=0.9, help="vllm")
@@ -132,7 +136,7 @@ def jax_sampler(args: argparse.Namespace) -> Sampler:
         from launch import build, cli
 
         config = cli.load_config(args.config)
-        model = build.model(config.model, build.task(config).tokenizer)
+        model = build.model(config.model, build.problems(config).tokenizer)
         dtype = args.dtype or config.sampling.dtype
         budgets = {key: config.sampling[key] for key in ("max_prompt_tokens", "max_tokens")}
     else:
@@ -153,14 +157,17 @@ def score_through(args: argparse.Namespace, secrets: security.Security):
     addresses = args.reward_addresses.split(",")
     if secrets.authority is None:  # without it there is nothing to show one's certificate for
         secrets = secrets._replace(certificate=None, key=None)
-    score, channels = (
-        remote.remote_score(addresses, security=secrets),
-        remote.describe(addresses, security=secrets).channels,
+    score = remote.remote_score(
+        addresses, security=secrets, deadline_s=args.reward_deadline_s, retries=args.reward_retries
     )
+    channels = remote.describe(addresses, security=secrets).channels
 
     async def scorer(examples, completions):
         texts = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in completions]
-        return await asyncio.to_thread(score, examples, texts)
+        try:
+            return await asyncio.to_thread(score, examples, texts)
+        except ConnectionError as error:
+            raise server.Refused(grpc.StatusCode.UNAVAILABLE, str(error)) from error
 
     return scorer, channels
 

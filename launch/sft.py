@@ -87,7 +87,7 @@ def main():
     config = cli.checked_config()
     workdir = cli.workdir()
     cli.write_config(config, workdir)
-    mesh, task = sharding.make_mesh(**config.mesh), build.task(config)
+    mesh, task = sharding.make_mesh(**config.mesh), build.problems(config)
     with jax.set_mesh(mesh):
         initial_policy(config, build.model(config.model, task.tokenizer), task, mesh, workdir)
     print(f"initial policy in {workdir / 'initial'}; train with the same config and --workdir={workdir}")

@@ -42,7 +42,7 @@ def write_model(config, workdir: Path) -> Path:
     """A folder whose config.json says the policy's architecture; the weights come over the wire."""
     if config.model.path:
         return Path(config.model.path).absolute()
-    folder, tokenizer = workdir / "model", build.task(config).tokenizer
+    folder, tokenizer = workdir / "model", build.problems(config).tokenizer
     folder.mkdir(parents=True, exist_ok=True)
     budget = config.sampling.max_prompt_tokens + config.sampling.max_tokens
     config_json.write_config(

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from tapojax.rewards import spelling
 from tapojax.rollout import collect
 from tapojax.types import Engine, Examples, Prompts, Sampling, Task
 
@@ -37,12 +38,14 @@ def average_at_k(correct):
 
 
 def majority_at_k(answers: Sequence[Sequence[Any]], correct) -> float:
-    """Share of problems whose most frequent answer is right; ties go to the answer seen first, None never wins a vote.
+    """Share of problems whose most frequent answer is right; ties go to the answer seen first, none never wins a vote.
 
-    Samples that were not scored (NaN) have no vote; a problem without any scored sample is left out.
+    All right answers are one candidate, however they are written; the others are told apart by their spelling (our
+    choice), so that both have all of their votes. Samples that were not scored (NaN) have no vote; a problem without
+    any scored sample is left out.
 
     Args:
-      answers: per problem, the k extracted answers (None: no answer).
+      answers: per problem, the k extracted answers (None or "": no answer).
       correct: [problems, k], whether each sample was right.
     """
     return _mean([_majority_is_right(a, c) for a, c in zip(answers, correct, strict=True)])
@@ -50,11 +53,20 @@ def majority_at_k(answers: Sequence[Sequence[Any]], correct) -> float:
 
 def _majority_is_right(answers, correct) -> float:
     scored = [(answer, right) for answer, right in zip(answers, correct, strict=True) if not np.isnan(right)]
-    votes = Counter(answer for answer, _ in scored if answer is not None)
+    votes = Counter((right > 0, "" if right > 0 else _spelt(answer)) for answer, right in scored if answered(answer))
     if not votes:
         return 0.0 if scored else float("nan")
-    winner, _ = votes.most_common(1)[0]  # ties in the order of first sight
-    return float(next(right for answer, right in scored if answer == winner))
+    (right, _), _ = votes.most_common(1)[0]  # ties in the order of first sight
+    return float(right)
+
+
+def _spelt(answer: Any) -> Any:
+    return spelling.key(spelling.tidy(answer)) if isinstance(answer, str) else answer
+
+
+def answered(answer: Any) -> bool:
+    """Whether an extracted answer is one: an empty box says as little as none."""
+    return answer is not None and answer != ""
 
 
 def _mean(values) -> float:
@@ -65,24 +77,30 @@ def _mean(values) -> float:
 
 
 def confidence_interval(per_problem, z: float = 1.96) -> tuple[float, float]:
-    """95 % interval of a mean over problems: mean ± z · std(ddof 1) / sqrt(problems), problems being the clusters.
+    """95 % interval of a mean of shares in [0, 1] over problems, the clusters: Wilson's, of as many as they are worth.
 
-    Where all problems agree the std is 0 and says nothing; then Wilson's interval of the mean is given. NaN are left
-    out, and nothing but NaN gives (NaN, NaN).
+    With mean m of n problems and q = m (1 - m), Wilson's interval is of N problems that are right or wrong:
+
+        (m + z²/2N ± z sqrt(q/N + z²/4N²)) / (1 + z²/N),    N = n (n q + ¼) / (Σ (share - m)² + ¼)
+
+    N is n where each problem is wholly right or wrong, and where none or all are. Shares in between vary less, and N is
+    n q / variance of them: away from 0 and 1 the interval is m ± z · std / sqrt(n). The ¼, the variance of one more
+    problem that is right half of the time, keeps a few equal shares from being sure (our choice). NaN are left out, and
+    nothing but NaN gives (NaN, NaN).
+
+    Source: Wilson, JASA 22 (1927); the effective number as in Korn and Graubard, Survey Methodology 24 (1998).
     """
     values = np.asarray(per_problem, float)
     values = values[~np.isnan(values)]
     n, mean = len(values), _mean(values)
     if n == 0:
         return mean, mean
-    if np.ptp(values) > 0:
-        half = z * values.std(ddof=1) / np.sqrt(n)
-        return max(0.0, mean - half), min(1.0, mean + half)
-    centre, half = (
-        (mean + z**2 / (2 * n)) / (1 + z**2 / n),
-        z / (1 + z**2 / n) * np.sqrt(mean * (1 - mean) / n + z**2 / (4 * n**2)),
-    )
-    return max(0.0, centre - half), min(1.0, centre + half)
+    spread = mean * (1 - mean)
+    effective = n * (n * spread + 0.25) / (np.sum((values - mean) ** 2) + 0.25)
+    doubt = z**2 / effective
+    centre, half = mean + doubt / 2, z * np.sqrt(spread / effective + doubt / (4 * effective))
+    low, high = (centre - half) / (1 + doubt), (centre + half) / (1 + doubt)
+    return max(0.0, float(low)), min(1.0, float(high))
 
 
 class Estimate(NamedTuple):
@@ -236,14 +254,15 @@ def paired_difference(per_problem, baseline) -> Estimate:
     return Estimate(mean, max(-1.0, mean - half), min(1.0, mean + half))
 
 
-def mean_of_sets(sets: Sequence[Estimate], *, lowest: float = 0.0) -> Estimate:
-    """Unweighted mean of estimates of different problems; half widths add as squares, ½ sqrt(Σ (high-low)²) / sets.
+def mean_of_sets(sets: Sequence[Estimate]) -> Estimate:
+    """Unweighted mean of estimates of different problems; each half of the interval is sqrt(Σ half²) / sets.
 
-    `lowest` bounds the interval below, 1 above; -1 for differences. One NaN makes all of it NaN.
+    The lower halves make the lower one, the upper halves the upper one. An estimate that is NaN makes all of it NaN.
     """
-    mean = float(np.mean([s.mean for s in sets]))
-    half = float(np.sqrt(np.sum([(s.high - s.low) ** 2 for s in sets])) / 2 / len(sets))
-    return Estimate(mean, max(lowest, mean - half), min(1.0, mean + half)) if half == half else Estimate(*[half] * 3)
+    mean, low, high = np.array(sets, float).T
+    centre = float(np.mean(mean))
+    below, above = (float(np.hypot.reduce(half)) / len(sets) for half in (mean - low, high - mean))
+    return Estimate(centre, centre - below, centre + above)
 
 
 def evaluate(
@@ -371,5 +390,5 @@ def per_problem(records: Sequence[Mapping], samples: int) -> list[float]:
 def completion_rates(records: Sequence[dict]) -> dict[str, float]:
     """Median and 95th percentile of the lengths, and the share of completions that an answer could be read from."""
     median, high = np.percentile([r["length"] for r in records], [50, 95])
-    answered = np.mean([r["answer"] is not None for r in records])
-    return {"median_length": float(median), "p95_length": float(high), "answered": float(answered)}
+    share = np.mean([answered(r["answer"]) for r in records])
+    return {"median_length": float(median), "p95_length": float(high), "answered": float(share)}

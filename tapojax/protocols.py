@@ -4,16 +4,18 @@ A protocol is data. What a paper and its released code leave open is None here, 
 what that is, and which of the given numbers are our choice.
 """
 
+import os
+import re
+from pathlib import Path
 from typing import NamedTuple
 
 
 class Set(NamedTuple):
-    """One set of a protocol: problems as published (None: not said), samples of each, other names of its file."""
+    """One set of a protocol: problems as published (None: not said), samples of each; FILES has more of its names."""
 
     name: str
     problems: int | None
     samples: int
-    files: tuple[str, ...] = ()
 
 
 class Protocol(NamedTuple):
@@ -29,18 +31,27 @@ class Protocol(NamedTuple):
     silent: str
 
 
-AIME24, AIME25 = "aime24", "aime25"
-AMC83, OLYMPIAD = ("amc_aimo83", "aimo_validation_amc"), ("olympiad_bench", "olympiad")
+FILES = {  # what files of a set are called beside its name: by those who publish it, by tapojax.datasets
+    "aime24": ("aime_2024", "aime_2024_problems"),
+    "aime25": ("aime_2025", "aime_2025_problems"),
+    "amc": ("aimo_amc83", "amc_aimo83", "aimo_validation_amc"),
+    "math500": ("math_500",),
+    "olympiadbench": ("olympiad_bench", "olympiad"),
+    "minerva": ("minerva_math",),
+    "gpqa_diamond": ("gpqa",),
+}
+VERSION = r"\d+\.\d+\.\d+"
+SPLITS = ("train", "test", "val", "validation")
 
 PROTOCOLS = {
     "hapo": Protocol(
         sets=(
-            Set(AIME24, 30, 8),
-            Set(AIME25, 30, 8),
-            Set("amc", 83, 8, AMC83),
-            Set("math500", 500, 8, ("math_500",)),
-            Set("olympiadbench", 675, 8, OLYMPIAD),
-            Set("minerva", 272, 8, ("minerva_math",)),
+            Set("aime24", 30, 8),
+            Set("aime25", 30, 8),
+            Set("amc", 83, 8),
+            Set("math500", 500, 8),
+            Set("olympiadbench", 675, 8),
+            Set("minerva", 272, 8),
         ),
         temperature=0.5,
         top_p=0.7,
@@ -51,7 +62,7 @@ PROTOCOLS = {
         silent="nothing",
     ),
     "fapo": Protocol(
-        sets=(Set(AIME24, 30, 32), Set(AIME25, 30, 32), Set("gpqa_diamond", 198, 4, ("gpqa",))),
+        sets=(Set("aime24", 30, 32), Set("aime25", 30, 32), Set("gpqa_diamond", 198, 4)),
         temperature=1.0,
         top_p=0.7,
         max_prompt_tokens=2048,
@@ -62,11 +73,11 @@ PROTOCOLS = {
     ),
     "papo": Protocol(
         sets=(
-            Set("olympiadbench", None, 4, OLYMPIAD),
-            Set(AIME24, 30, 4),
-            Set(AIME25, 30, 4),
-            Set("math500", 500, 4, ("math_500",)),
-            Set("gpqa_diamond", 198, 4, ("gpqa",)),
+            Set("olympiadbench", None, 4),
+            Set("aime24", 30, 4),
+            Set("aime25", 30, 4),
+            Set("math500", 500, 4),
+            Set("gpqa_diamond", 198, 4),
         ),
         temperature=0.7,
         top_p=1.0,
@@ -77,7 +88,7 @@ PROTOCOLS = {
         silent="top_p is our choice; HumanEval, published too, is left out; no mean over sets is published",
     ),
     "tapo": Protocol(
-        sets=(Set(AIME24, 30, 8),),
+        sets=(Set("aime24", 30, 8),),
         temperature=0.6,
         top_p=0.95,
         max_prompt_tokens=None,
@@ -92,7 +103,18 @@ PROTOCOLS = {
 def set_named(protocol: Protocol, file_name: str) -> Set | None:
     """The set that a file is of by its name: aime24.jsonl, AIME24_test.jsonl.gz, math-500.parquet; None: not one."""
     name = stem(file_name).lower().replace("-", "_")
-    return next((s for s in protocol.sets if name in (s.name, *s.files)), None)
+    return next((s for s in protocol.sets if name in (s.name, *FILES.get(s.name, ()))), None)
+
+
+def title(path: str) -> str:
+    """What a set is called: its file, the folder of a file called test, the folder above a version that TFDS wrote."""
+    file = Path(os.path.abspath(path))
+    folder = file.parent
+    if re.fullmatch(VERSION, file.name):
+        return folder.name
+    if re.fullmatch(VERSION, folder.name) and not file.suffix:
+        return folder.parent.name
+    return folder.name if folder.name and stem(file.name) in SPLITS else stem(file.name)
 
 
 def stem(file_name: str) -> str:

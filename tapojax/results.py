@@ -130,6 +130,8 @@ def compare(found: Sequence[Result]) -> dict:
     Returns results (their names), sets -> {values, differences}, one a result, None where there is none; mean -> the
     same over the sets that can be compared, or None; notes: what was not compared or not done equally, and why.
 
+    A result without numbers by problem, a run's own, has values and no differences.
+
     Raises:
       ValueError: fewer than two results, or no set is in the first and another one with the same problems.
     """
@@ -140,15 +142,21 @@ def compare(found: Sequence[Result]) -> dict:
         sets[name], said = _compare_set(name, found, labels)
         notes += said
     others = [i for i in range(1, len(found)) if any(entry["differences"][i] for entry in sets.values())]
-    if not others:
+    if not others and not any(_lacks_problems(name, found) for name in sets):
         raise ValueError("no set can be compared: " + "; ".join(notes))
     shared = [name for name, entry in sets.items() if all(entry["differences"][i] for i in others)]
-    mean = _compare_means(found, {name: sets[name] for name in shared}, others) if len(shared) > 1 else None
+    mean = _compare_means(found, {name: sets[name] for name in shared}, others) if others and len(shared) > 1 else None
     return resumable.plain({"results": labels, "sets": sets, "mean": mean, "notes": notes})
 
 
 def _set_names(found: Sequence[Result]) -> list[str]:
     return list(dict.fromkeys(name for result in found for name in result["sets"]))
+
+
+def _lacks_problems(name: str, found: Sequence[Result]) -> bool:
+    """Whether a set of the first and another result has no numbers by problem in one, and so no difference."""
+    values = [result["sets"][name] for result in found if name in result["sets"]]
+    return name in found[0]["sets"] and len(values) > 1 and any("per_problem" not in value for value in values)
 
 
 def _compare_set(name: str, found: Sequence[Result], labels: Sequence[str]) -> tuple[dict, list[str]]:
@@ -181,7 +189,7 @@ def _compare_means(found: Sequence[Result], sets: Mapping[str, Mapping], others:
         values[i] = mean_over_sets({name: found[i]["sets"][name] for name in sets})
     for i in others:
         each = [Estimate(**entry["differences"][i]) for entry in sets.values()]
-        differences[i] = evaluation.mean_of_sets(each, lowest=-1.0)._asdict()
+        differences[i] = evaluation.mean_of_sets(each)._asdict()
     return {"sets": list(sets), "values": values, "differences": differences}
 
 

@@ -155,6 +155,7 @@ class Engine(NamedTuple):
     generate: Callable[..., Rollout]
     # the same where the completions come scored: -> (rollout, scores by channel, error text or None by row)
     generate_scored: Callable[..., tuple[Rollout, Scores, Sequence[str | None]]] | None = None
+    score_channels: Sequence[str] = ()  # that it gives
     # (params, version) -> weights, while generate runs elsewhere: its remaining tokens come from the new weights
     update: Callable[[Params, int], Any] | None = None
     close: Callable[[], None] = lambda: None  # lets go of connections

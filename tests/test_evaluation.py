@@ -65,6 +65,12 @@ def test_average_at_k_leaves_out_what_was_not_scored():
         (["5", "5", "4"], [NAN, NAN, 1], 1, "unscored samples have no vote"),
         (["5", "5", "4"], [NAN, 1, 0], 1, "the winner's verdict comes from a sample that has one"),
         ([None, "4"], [0, NAN], 0, "no answer among the scored samples"),
+        (["", "", "", "7"], [0, 0, 0, 1], 1, "an empty box has no vote"),
+        (["", ""], [0, 0], 0, "nobody answered"),
+        (["7", "7", "1/2", "0.5"], [0, 0, 1, 1], 0, "a tie of two right ones and two of 7"),
+        (["7", "7", "1/2", "0.5", r"\frac12"], [0, 0, 1, 1, 1], 1, "right answers are one candidate"),
+        (["1/2", "0.5", "7", "$7$", "7."], [1, 1, 0, 0, 0], 0, "wrong ones are told apart by their spelling"),
+        ([3, 3, 4], [0, 0, 1], 0, "answers may be no texts"),
         (["4", "5"], [NAN, NAN], NAN, "nothing was scored"),
     ],
 )
@@ -93,17 +99,63 @@ def test_intervals_cover_the_truth(problems, draw):
 
 
 def test_interval_by_hand():
+    """q = 1/4, squares add to 1/2: N = 4 (1 + 1/4) / (1/2 + 1/4) = 20/3; Wilson's half at 1/2 is z / 2 sqrt(N + z²)."""
     low, high = evaluation.confidence_interval([0.0, 0.5, 1.0, 0.5])
-    half = 1.96 * np.sqrt((0.25 + 0.25) / 3) / 2
+    half = 1.96 / 2 / np.sqrt(20 / 3 + 1.96**2)
     np.testing.assert_allclose([low, high], [0.5 - half, 0.5 + half])
     assert evaluation.confidence_interval([0.0, 0.5, NAN, 1.0, 0.5]) == (low, high), "NaN problems are left out"
 
 
+def wilson(mean, n, z=1.96):
+    """The roots of (mean - x)² = z² x (1 - x) / n."""
+    return np.sort(np.roots([1 + z**2 / n, -2 * mean - z**2 / n, mean**2]))
+
+
+@pytest.mark.parametrize("right", [1, 2, 15, 29])
+def test_problems_that_are_right_or_wrong_have_wilsons_interval(right):
+    got = evaluation.confidence_interval([1.0] * right + [0.0] * (30 - right))
+    np.testing.assert_allclose(got, wilson(right / 30, 30), rtol=1e-9)
+
+
+def test_intervals_near_the_ends_by_hand():
+    """Of 30 problems x 8 samples. One sample right: n q = 239/1920, squares add to 29/1920, so N = 30 · 719/509."""
+    none, sample, problem = ([value] + [0.0] * 29 for value in (0.0, 1 / 8, 1.0))
+    np.testing.assert_allclose(evaluation.confidence_interval(none), [0, 1.96**2 / (30 + 1.96**2)])
+    np.testing.assert_allclose(evaluation.confidence_interval(sample), wilson(1 / 240, 30 * 719 / 509), rtol=1e-9)
+    np.testing.assert_allclose(evaluation.confidence_interval(problem), [0.005908, 0.166708], atol=1e-6)
+    mirrored = evaluation.confidence_interval([1 - value for value in sample])
+    np.testing.assert_allclose(mirrored[::-1], 1 - np.array(evaluation.confidence_interval(sample)))
+
+
+@pytest.mark.parametrize("n, value", [(30, 0.0), (30, 0.5), (200, 1.0)])
+def test_intervals_have_no_jump_where_problems_agree(n, value):
+    agree = evaluation.confidence_interval([value] * n)
+    almost = evaluation.confidence_interval([value] * (n - 1) + [abs(value - 1e-6)])
+    np.testing.assert_allclose(almost, agree, atol=1e-5)
+
+
+def test_away_from_the_ends_the_interval_is_that_of_the_mean():
+    rates = np.random.default_rng(0).binomial(4, 0.3 + 0.4 * (np.arange(2000) % 2)) / 4
+    half = 1.96 * rates.std(ddof=1) / np.sqrt(2000)
+    got = evaluation.confidence_interval(rates)
+    np.testing.assert_allclose(got, [rates.mean() - half, rates.mean() + half], atol=0.005 * half)
+
+
+@pytest.mark.parametrize("mean, total", [(0.02, 2.5), (0.05, 2.0), (0.95, 2.0), (0.95, 20.0)])
+def test_intervals_cover_near_the_ends(mean, total):
+    """30 problems x 8 samples, 1,000 times: mean ± z · std / sqrt(n) holds the truth in 82 % of the first of these."""
+    rng = np.random.default_rng(0)
+    values = rng.binomial(8, rng.beta(mean * total, (1 - mean) * total, (1000, 30))) / 8
+    intervals = np.array([evaluation.confidence_interval(v) for v in values])
+    assert np.mean((intervals[:, 0] <= mean) & (mean <= intervals[:, 1])) > 0.94
+
+
 @pytest.mark.parametrize("value", [0.0, 0.1, 1 / 3, 1.0])
 def test_problems_that_agree_still_leave_doubt(value):
-    """Wilson's interval; also where rounding makes the std of equal numbers a little more than 0."""
+    """Squares add to 0: N = 10 (10 q + ¼) / ¼; also where rounding makes the std of equal numbers more than 0."""
     low, high = evaluation.confidence_interval([value] * 10)
-    assert 0 <= low <= value <= high <= 1 and high - low > 0.2
+    np.testing.assert_allclose([low, high], wilson(value, 10 * (40 * value * (1 - value) + 1)), atol=1e-12)
+    assert 0 <= low <= value <= high <= 1 and high - low > 0.17
     wide, narrow = (np.ptp(evaluation.confidence_interval([value] * n)) for n in (10, 1000))
     assert narrow < wide / 5, "more problems, less doubt"
 
@@ -288,6 +340,8 @@ def test_what_completions_are_like():
     records = run(is_answer, 5, samples=4)[1]
     rates = evaluation.completion_rates(records)
     assert rates == {"median_length": 2.0, "p95_length": 2.0, "answered": 0.75}
+    empty = [{**record, "answer": ""} if record["answer"] == "C" else record for record in records]
+    assert evaluation.completion_rates(empty)["answered"] == 0.5, "an empty box is no answer"
     assert evaluation.per_problem(records, 4) == [0.25] * 5
     records[0]["correct"] = records[1]["correct"] = NAN
     assert evaluation.per_problem(records, 4)[0] == 0.0, "of the scored ones"
@@ -333,13 +387,13 @@ def test_paired_intervals_cover_the_truth():
 
 
 def test_the_mean_over_sets_by_hand():
-    """Half widths 0.1 and 0.2 of two sets: sqrt(0.01 + 0.04) / 2."""
-    sets = [evaluation.Estimate(0.5, 0.4, 0.6), evaluation.Estimate(0.3, 0.1, 0.5)]
-    half = np.sqrt(0.05) / 2
-    np.testing.assert_allclose(evaluation.mean_of_sets(sets), [0.4, 0.4 - half, 0.4 + half])
+    """Lower halves 0.1 and 0.2 of two sets: sqrt(0.01 + 0.04) / 2; upper halves 0.3 and 0.4: 0.25."""
+    sets = [evaluation.Estimate(0.5, 0.4, 0.8), evaluation.Estimate(0.3, 0.1, 0.7)]
+    np.testing.assert_allclose(evaluation.mean_of_sets(sets), [0.4, 0.4 - np.sqrt(0.05) / 2, 0.4 + 0.25])
     assert evaluation.mean_of_sets(sets[:1]) == pytest.approx(sets[0])
-    assert evaluation.mean_of_sets([evaluation.Estimate(0.0, -0.2, 0.2)], lowest=-1.0).low == pytest.approx(-0.2)
+    assert evaluation.mean_of_sets([evaluation.Estimate(0.0, -0.2, 0.2)]).low == pytest.approx(-0.2)
     assert evaluation.mean_of_sets([evaluation.Estimate(0.0, 0.0, 0.2)]).low == 0.0
+    assert evaluation.mean_of_sets([evaluation.Estimate(0.0, 0.0, 0.2)] * 3)[::2] == pytest.approx((0, 0.2 / 3**0.5))
     assert np.isnan(evaluation.mean_of_sets([*sets, evaluation.estimate([NAN])])).all()
 
 

@@ -76,6 +76,12 @@ def test_what_a_paper_leaves_open_is_said():
         ("hapo", "minerva_math-test.jsonl", "minerva"),
         ("papo", "olympiadbench_test.jsonl.gz", "olympiadbench"),
         ("fapo", "gpqa.jsonl", "gpqa_diamond"),
+        ("hapo", "aimo_amc83", "amc"),
+        ("hapo", "aime-2024.parquet", "aime24"),
+        ("fapo", "aime_2024_problems.parquet", "aime24"),
+        ("papo", "aime-2025.parquet", "aime25"),
+        ("hapo", "aime_2025_problems.parquet", "aime25"),
+        ("hapo", "MATH-500", "math500"),
         ("hapo", "amc23_test.jsonl.gz", None),
         ("hapo", "math_test.jsonl.gz", None),
         ("tapo", "math500.jsonl", None),
@@ -88,8 +94,9 @@ def test_files_are_known_by_their_names(protocol, file, name):
 
 def test_no_file_name_is_of_two_sets():
     for protocol in PROTOCOLS.values():
-        names = [name for s in protocol.sets for name in (s.name, *s.files)]
+        names = [name for s in protocol.sets for name in (s.name, *protocols.FILES.get(s.name, ()))]
         assert len(names) == len(set(names))
+    assert protocols.FILES.keys() <= {s.name for protocol in PROTOCOLS.values() for s in protocol.sets}
 
 
 def test_the_protocols_find_their_sets_in_a_folder_of_real_files(shared):
@@ -97,6 +104,25 @@ def test_the_protocols_find_their_sets_in_a_folder_of_real_files(shared):
     wanted = {s.name for s in PROTOCOLS["hapo"].sets}
     found = [s.name for s in (protocols.set_named(PROTOCOLS["hapo"], file) for file in files) if s]
     assert sorted(found) == sorted(wanted), "each once"
+
+
+@pytest.mark.parametrize(
+    "path, name",
+    [
+        ("data/aime24/test.jsonl", "aime24"),
+        ("data/numina/train.jsonl", "numina"),
+        ("MATH-500/validation.parquet", "MATH-500"),
+        ("x/1.5/val.json", "1.5"),
+        ("data/math500/math500/1.0.0", "math500"),
+        ("data/math/math/1.0.0/test", "math"),
+        ("python/3.11.2/aime24.jsonl", "aime24"),
+        ("gone/../data/test.jsonl", "data"),
+        ("/test.jsonl", "test"),
+        ("a/latest.jsonl", "latest"),
+    ],
+)
+def test_a_set_is_called_as_its_file_or_the_folder_of_a_split(path, name):
+    assert protocols.title(path) == name
 
 
 def test_stem():

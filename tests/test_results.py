@@ -52,7 +52,7 @@ def test_the_table_of_one_set():
         "**mine-40**, temperature 0.5, top_p 0.7, top_k 0, max_tokens 32",
         "| set    | problems | k | avg@k                | pass@k               | maj@k                |\n"
         "|--------|----------|---|----------------------|----------------------|----------------------|\n"
-        "| aime24 | 3        | 4 | 0.500 [0.000, 1.000] | 0.750 [0.500, 1.000] | 0.500 [0.250, 0.750] |",
+        "| aime24 | 3        | 4 | 0.500 [0.150, 0.850] | 0.750 [0.500, 1.000] | 0.500 [0.250, 0.750] |",
         "| set    | length mean | median | 95th % | truncated | answered | not scored | seconds | tokens/s |\n"
         "|--------|-------------|--------|--------|-----------|----------|------------|---------|----------|\n"
         "| aime24 | 12.2        | 11.0   | 20.0   | 0.125     | 0.875    | 2          | 2.5     | 1234     |",
@@ -164,12 +164,28 @@ def test_other_problems_under_the_same_name_are_not_compared_and_named():
     [
         ({"t": one_set([0.5])}, "s is not in b; t is not in a"),
         ({"s": one_set([0.5], digest="other")}, "s: b has other problems than a"),
-        ({"s": {k: v for k, v in one_set([0.5]).items() if k != "per_problem"}}, "s: b has no numbers by problem"),
     ],
 )
 def test_nothing_in_common_is_an_error(other, said):
     with pytest.raises(ValueError, match=f"no set can be compared: {said}"):
         results.compare([result("a", {"s": one_set([0.5])}), result("b", other)])
+
+
+def test_a_run_has_values_and_no_differences():
+    """A run keeps no numbers by problem."""
+    own = {name: {k: v for k, v in one_set([0.5]).items() if k != "per_problem"} for name in "st"}
+    a, b = result("a", {name: one_set([0.5, 1.0]) for name in "st"}), result("b", own)
+    for pair in ([a, b], [b, a], [b, b]):
+        compared = results.compare(pair)
+        assert compared["sets"]["s"]["differences"] == [None, None] and compared["mean"] is None
+        assert [value["mean"] for value in compared["sets"]["s"]["values"]] == [
+            r["sets"]["s"]["pass@1"]["mean"] for r in pair
+        ]
+        assert "s: b has no numbers by problem; use launch.evaluate" in compared["notes"]
+        row = results.comparison_table(pair, compared).splitlines()[2]
+        assert "0.500 [" in row and row.split("|")[-2].strip() == ""
+    with pytest.raises(ValueError, match="no set can be compared: s is not in c"):
+        results.compare([b, result("c", {"u": own["s"]})])
 
 
 def test_one_result_is_no_comparison():

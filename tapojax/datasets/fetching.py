@@ -11,6 +11,7 @@ from pathlib import Path
 
 CHUNK = 1 << 20
 NOTHING_BEHIND = 416
+WITHOUT = "without a network, give files that you have with --source=SPLIT=PATH or --source=FOLDER"
 AGAIN = (408, NOTHING_BEHIND, 425, 429)  # of the statuses of a request at fault, those that pass
 
 
@@ -41,7 +42,7 @@ def local(place: str, folder: Path, *, sha256: str = "", timeout_s: float = 60.0
                 part.unlink(missing_ok=True)  # all of it was there, or more than there is: anew
             if attempt == tries or not _passes(error):
                 kept = f"; {part.stat().st_size} bytes are kept, run it again to go on" if part.exists() else ""
-                raise ValueError(f"{place} cannot be fetched: {error}{kept}") from error
+                raise ValueError(f"{place} cannot be fetched: {error}{kept}; {WITHOUT}") from error
             time.sleep(min(2.0 ** (attempt - 2), 30.0))
     _tag(part).unlink(missing_ok=True)
     _checked(part, sha256, remove=True)

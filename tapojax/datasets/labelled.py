@@ -105,22 +105,28 @@ def _prmbench(row: schema.Row, place: str) -> dict[str, Any]:
 
 
 def _prm800k(row: schema.Row, place: str) -> dict[str, Any]:
-    """The path that the labeller took: the chosen completion of a step, else the human's, else the worst of them."""
-    steps, ratings = [], []
-    for step in row["label"]["steps"]:
-        offered, chosen = step.get("completions") or [], step.get("chosen_completion")
-        if chosen is None and step.get("human_completion"):
-            taken = {"rating": 1} | _completion(step["human_completion"])
-        elif chosen is None:
-            taken = min(offered, key=lambda one: 0 if one.get("rating") is None else one["rating"])
-        else:
-            taken = offered[chosen]
-        steps.append(taken["text"])
-        ratings.append(taken.get("rating"))
+    """The path that the labeller took: the chosen completion of a step, else the human's, else the worst of them.
+
+    Where the labeller gave up, or found the problem bad, before a wrong step, none is known.
+    """
+    taken = [_taken(step, f"{place}, step {number}") for number, step in enumerate(row["label"]["steps"])]
+    ratings = [one.get("rating") for one in taken]
+    given_up = row["label"].get("finish_reason") in ("give_up", "bad_problem")
     question = row.get("question") or {}
     answer = schema.text_of(question.get("ground_truth_answer"), place, "ground_truth_answer") or ""
-    label = ratings.index(-1) if -1 in ratings else -1
+    label = ratings.index(-1) if -1 in ratings else UNKNOWN if given_up else -1
+    steps = [one["text"] for one in taken]
     return {"problem": question.get("problem") or "", "answer": answer, "steps": steps, "label": label}
+
+
+def _taken(step: dict[str, Any], place: str) -> dict[str, Any]:
+    offered, chosen = step.get("completions") or [], step.get("chosen_completion")
+    if chosen is None and step.get("human_completion"):
+        return {"rating": 1} | _completion(step["human_completion"])
+    if not 0 <= (chosen or 0) < len(offered):
+        raise ValueError(f"{place}: it has {len(offered)} completions, none of a human, and {chosen} is chosen")
+    worst = min(offered, key=lambda one: 0 if one.get("rating") is None else one["rating"])
+    return worst if chosen is None else offered[chosen]
 
 
 def _completion(said: Any) -> dict[str, Any]:

@@ -3,6 +3,8 @@ r"""The same problem in two places: exactly, but for the way it is set, or loose
 Rewritten problems (other numbers, other words) are not found this way.
 """
 
+import fractions
+import functools
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -13,6 +15,9 @@ Example = Mapping[str, Any]
 FRACTION = re.compile(r"\\[dt]frac(?![a-z])")
 SETTING = re.compile(r"[\s$~]+|\\[,;:! \[\]()]|\\q?quad(?![a-z])")
 NO_WORD = re.compile(r"[\W_]+")
+NUMBER = re.compile(
+    r"([-+]?)(?:(\d{1,999}(?:\.\d{1,999})?)|(\d{1,999})/(\d{1,999})|\\frac\{(\d{1,999})\}\{(\d{1,999})\})"
+)
 SHORT = 20  # letters and digits: such texts are alike by accident
 
 
@@ -30,6 +35,18 @@ def fold(text: str) -> str:
 def loose(folded: str) -> str:
     """Letters and digits alone, of a folded text."""
     return NO_WORD.sub("", folded).lower()
+
+
+@functools.lru_cache(maxsize=2**16)  # sets have many copies
+def said(answer: str) -> str:
+    """An answer in one spelling: the value of a number or ratio, the key of anything else."""
+    key = spelling.key(spelling.tidy(answer))
+    match = NUMBER.fullmatch(key)
+    number = "/".join(filter(None, match.groups()[1:])) if match else ""
+    try:
+        return str(fractions.Fraction(match[1] + number)) if match else key or fold(answer)
+    except ZeroDivisionError:
+        return key
 
 
 def pairs(train: Iterable[Example], test: Iterable[Example]) -> list[Pair]:

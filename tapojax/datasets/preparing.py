@@ -87,7 +87,7 @@ def _key(example: Example) -> str:
 
 
 def _verdict(example: Example) -> str:
-    return str(example["label"]) if "label" in example else overlap.fold(example["answer"])
+    return str(example["label"]) if "label" in example else overlap.said(example["answer"])
 
 
 def anything(path: str | Path) -> Iterator[Example]:
@@ -113,6 +113,24 @@ def pass_rates(path: str | Path) -> dict[str, float]:
         if "id" not in row or isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate <= 1:
             raise ValueError(f"{path}, row {number}: expected an id and a pass_rate in [0, 1], it has {str(row)[:80]}")
         found[str(row["id"])] = float(rate)
+    return found
+
+
+def count_rated(
+    splits: Mapping[str, Sequence[Example]], rates: Mapping[str, float], path: str | Path
+) -> dict[str, int]:
+    """How many problems of each split have a rate in the file at `path`.
+
+    Raises:
+      ValueError: none of any split.
+    """
+    found = {split: sum(one["id"] in rates for one in examples) for split, examples in splits.items()}
+    if not any(found.values()):
+        ours = next((one["id"] for examples in splits.values() for one in examples), None)
+        raise ValueError(
+            f"{path} rates other problems: it has {len(rates)} ids, the first {next(iter(rates), None)!r}, and none is "
+            f"of these problems, the first {ours!r}"
+        )
     return found
 
 
@@ -144,11 +162,15 @@ def tiered(
 
 
 def verl_row(example: Example, index: int, split: str, *, template: str, source: str, ability: str) -> Example:
-    """The example as verl's trainers read it, the template around its problem; `schema` takes the bare one from it."""
+    """The example as verl's trainers read it, the template around its problem; `schema` takes the bare one from it.
+
+    Solution and pass rate, where it has them, stay beside verl's fields.
+    """
     return {
         "data_source": source,
         "prompt": [{"role": "user", "content": template.format(problem=example["problem"].strip())}],
         "ability": ability,
         "reward_model": {"style": "rule", "ground_truth": example["answer"]},
         "extra_info": {"split": split, "index": index, "question": example["problem"], "id": example["id"]},
+        **{key: example[key] for key in ("solution", "pass_rate") if example.get(key, "") != ""},
     }

@@ -18,6 +18,7 @@ def describe(
     published: Mapping[str, int | None],
     surveys: Mapping[str, preparing.Survey],
     unreadable: Mapping[str, Sequence[str]],
+    rated: Mapping[str, int],
     against: Mapping[str, Sequence[Example]],
     measure: Callable[[str], int],
     unit: str,
@@ -30,6 +31,7 @@ def describe(
       published: rows of the files as their home says; None: it does not say.
       surveys: what was met while reading.
       unreadable: messages of rows that were left out.
+      rated: how many examples a file of pass rates has; empty where there is no such file.
       against: other sets by their name, in which the same problems are looked for; the splits are compared anyway.
       measure: the length of a text, in units of `unit`.
     """
@@ -45,6 +47,7 @@ def describe(
             "repeated": met.repeated,
             "contradictory": met.contradictory,
             "unreadable": list(unreadable[split]),
+            "rated": rated.get(split),
             "lengths": {field: _lengths_of(_texts(examples, field), measure) for field in FIELDS},
         }
     names = list(splits)
@@ -104,6 +107,8 @@ def _counts(about: Mapping[str, Any]) -> list[str]:
         lines.append(f"- {about['repeated']:,} come more than once")
     if about["unreadable"]:
         lines.append(f"- {len(about['unreadable']):,} more are left out as unreadable{_some(about['unreadable'])}")
+    if about["rated"] is not None:
+        lines.append(f"- {about['rated']:,} are in the file of pass rates")
     if wrong := about["contradictory"]:
         told = _some(f"{id}: {' or '.join(answers)}" for id, answers in wrong.items())
         lines.append(f"- {len(wrong):,} come with different answers{told}")

@@ -131,7 +131,7 @@ def text_of(value: Any, place: str, name: str) -> str | None:
     """A value as text, without damage: 27.0 is "27", 105263157894736842 stays; None and "" are None.
 
     Raises:
-      ValueError: it has no one text: several values, a truth value, a float whose last digits are lost.
+      ValueError: it has no one text: several values, a truth value, infinity, a float whose last digits are lost.
     """
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
@@ -141,11 +141,11 @@ def text_of(value: Any, place: str, name: str) -> str | None:
         return None
     if isinstance(value, str):
         return value.strip() or None
-    if isinstance(value, float) and value == int(value):
+    if isinstance(value, float) and value.is_integer():
         if abs(value) > EXACT_FLOAT:
             raise ValueError(f"{place}: {name} is {value!r}, a float that has lost its last digits")
         return str(int(value))
-    if isinstance(value, bool) or not hasattr(value, "__float__"):
+    if isinstance(value, bool) or not hasattr(value, "__float__") or value in (math.inf, -math.inf):
         raise ValueError(f"{place}: expected {name} to be a text or a number, it is {str(value)[:80]!r}")
     return str(value)
 
@@ -211,6 +211,17 @@ def message(messages: Any, role: str) -> Any:
 def _first(flat: Row, names: tuple[str, ...]) -> tuple[str, Any]:
     found = ((name, value) for name in names if (value := flat.get(name)) not in (None, "", b""))
     return next(found, (names[0], None))
+
+
+def check_template(template: str, name: str):
+    """Raises ValueError where a problem cannot be filled into a template, or is not in what comes out."""
+    probe = "a problem"
+    try:
+        filled = template.format(problem=probe)
+    except (ValueError, LookupError, AttributeError):  # a brace alone, {}, {question}, {problem.text}
+        filled = ""
+    if probe not in filled:
+        raise ValueError(f"{name}={template!r} needs {{problem}}; write other braces twice, \\boxed{{{{}}}}")
 
 
 def examples(rows: Iterable[Row], name: str, path: str, **keys: str) -> Iterator[dict[str, Any]]:

@@ -31,6 +31,16 @@ def named(given: Mapping[str, str], name: str, split: str) -> str:
     return given.get(f"{name}/{split}") or given.get(split) or ""
 
 
+def check_named(given: Mapping[str, str], parts: Sequence[tuple[str, str]]):
+    """Raises ValueError where a place that is given for a split is that of several parts, (data set, split)."""
+    for split in given:
+        if len(several := [f"{name}/{one}" for name, one in parts if one == split]) > 1:
+            raise ValueError(
+                f"--source={split}={given[split]}: {' and '.join(several)} are both {split}, say "
+                f"--source={several[0]}=PATH,{several[1]}=PATH"
+            )
+
+
 def files(name: str, split: str, given: Mapping[str, str], cache: Path) -> list[Path]:
     """The files of a split on this disk, downloaded if they have to be.
 
@@ -48,7 +58,18 @@ def files(name: str, split: str, given: Mapping[str, str], cache: Path) -> list[
     published = dataset.splits[split].files
     if not published:
         raise ValueError(f"{name} has no address to download from: give --source={split}=PATH ({dataset.about})")
-    return [fetching.local(_place(base, file), cache, sha256=file.sha256) for file in published]
+    wanted = {file.path: _place(base, file) for file in published}
+    check_distinct(wanted)
+    return [fetching.local(wanted[file.path], cache, sha256=file.sha256) for file in published]
+
+
+def check_distinct(places: Mapping[str, str | Path]):
+    """Raises ValueError where one place stands for two published files, parts or splits."""
+    first: dict[str, str] = {}
+    for wanted, place in places.items():
+        other = first.setdefault(str(place), wanted)
+        if other != wanted:
+            raise ValueError(f"{place} would be both {other} and {wanted}: give --source the files that each is in")
 
 
 def _place(base: str, file: table.File) -> str:

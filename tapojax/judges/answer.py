@@ -25,6 +25,9 @@ def answer(
 ) -> Judge:
     """1 where the completion's final answer is that of the problem in other words, 0 where it is not.
 
+    A completion that contains a closing tag of the prompt is 0 and is not asked about: with NaN a policy could keep
+    wrong answers out of its training by writing one.
+
     Args:
       prompt_file: other words, with the places {problem}, {answer} and {solution}; the reply ends in "Final Grade:
         CORRECT" or "Final Grade: INCORRECT".
@@ -45,7 +48,10 @@ def answer(
         return questions.Question(templates.fill(text, values), _right)
 
     def judge(examples, completions):
-        return questions.verdicts(asked, [question(*row) for row in zip(examples, completions, strict=True)])
+        given = [question(*row) for row in zip(examples, completions, strict=True)]
+        said = questions.verdicts(asked, given)
+        refused = np.array([isinstance(each, str) for each in given], bool)
+        return said._replace(values=np.where(refused, np.float32(0), said.values))
 
     return judge
 
@@ -53,8 +59,9 @@ def answer(
 def second_look(task: Task, judge: Judge) -> Task:
     """The same task, whose wrong rows are right where the judge says so; everything else stays as the task has it.
 
-    A row whose judge failed stays wrong and has the judge's error, if it had none. Wrong rows without text are not
-    asked about. Channel "answer_judge_asked" is 1 for rows that were, "answer_judge" what was said of them.
+    A row whose judge failed is NaN with the judge's error: whether it is wrong, nobody knows. Wrong rows without text
+    are not asked about and stay wrong. Channel "answer_judge_asked" is 1 for rows that the judge was given,
+    "answer_judge" what was said of them.
     """
 
     def score(examples, completions):
@@ -64,10 +71,10 @@ def second_look(task: Task, judge: Judge) -> Task:
         rows = np.flatnonzero(wrong).tolist()
         said = judge([examples[row] for row in rows], [completions[row] for row in rows])
         values = judged.spread(said.values, rows, np.full(len(correct), np.nan))
-        correct[values == 1] = 1
         channels = {SECTION: values, f"{SECTION}_asked": wrong.astype(np.float32)}
         reasons = dict(zip(rows, said.errors, strict=True))
-        errors = [error or reasons.get(row) for row, error in enumerate(errors)]
+        errors = [reasons.get(row) or error for row, error in enumerate(errors)]
+        correct = np.where(wrong, values, correct)
         return {**scores, "correct": correct, **channels, **judged.costs(SECTION, said, rows, correct)}, errors
 
     return task._replace(score=score)

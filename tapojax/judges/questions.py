@@ -112,7 +112,9 @@ def _answer(endpoint: endpoints.Endpoint, question: Question, over: threading.Ev
 def _asked(endpoint: endpoints.Endpoint, question: Question, key: str, over: threading.Event) -> endpoints.Reply:
     if known := cache.get(endpoint.cache, key):
         text, truncated = json.loads(known)
-        return _judged(endpoints.Reply(text, None, 0.0, 0.0, 0, True, truncated), question)
+        reply = _judged(endpoints.Reply(text, None, 0.0, 0.0, 0, True, truncated), question)
+        if reply.error is None:  # else it was kept by a version that read replies in another way
+            return reply
     _check_breaker(endpoint)
     reply = _judged(endpoints.request(endpoint, question.message, over), question)
     if reply.error is None:  # what was of no use may be better the next time

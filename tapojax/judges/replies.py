@@ -6,34 +6,72 @@ import math
 import time
 from typing import Any
 
+import httpcore
 import httpx
 import openai
 
 from tapojax.judges import endpoint
 
 
-class _Deadline(httpx.HTTPTransport):
-    """Ends a reply that is not there in time; httpx by itself only limits the pause between two pieces of it."""
+class _Transport(httpx.BaseTransport):
+    """Ends a try that is not over in time; httpx by itself only limits the pause between two pieces of a reply."""
+
+    def __init__(self, options: endpoint.Options):
+        self._timeout_s = options.timeout_s
+        self._pool = httpcore.ConnectionPool(
+            ssl_context=httpx.create_ssl_context(),
+            max_connections=options.requests,
+            max_keepalive_connections=options.requests,
+            keepalive_expiry=5,
+            network_backend=_Network(),
+        )
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
-        until = time.monotonic() + request.extensions["timeout"]["read"]
-        response = super().handle_request(request)
-        response.stream = _Pieces(response.stream, until, request)
-        return response
+        url, until = request.url, time.monotonic() + self._timeout_s
+        try:
+            reply = self._pool.request(
+                request.method,
+                httpcore.URL(scheme=url.raw_scheme, host=url.raw_host, port=url.port, target=url.raw_path),
+                headers=request.headers.raw,
+                content=request.read(),
+                extensions={"timeout": {"pool": self._timeout_s, "connect": until, "read": until, "write": until}},
+            )
+        except httpcore.TimeoutException as error:
+            raise httpx.ReadTimeout(str(error), request=request) from error
+        return httpx.Response(reply.status, headers=reply.headers, content=reply.content)
 
 
-class _Pieces(httpx.SyncByteStream):
-    def __init__(self, stream, until: float, request: httpx.Request):
-        self._stream, self._until, self._request = stream, until, request
+class _Network(httpcore.SyncBackend):
+    """Connections whose time-outs are moments of the monotonic clock, so that they last for all pieces together."""
 
-    def __iter__(self):
-        for piece in self._stream:
-            if time.monotonic() > self._until:
-                raise httpx.ReadTimeout("the reply came too slowly", request=self._request)
-            yield piece
+    def connect_tcp(self, host, port, timeout=None, local_address=None, socket_options=None):
+        return _Stream(super().connect_tcp(host, port, _left(timeout), local_address, socket_options))
+
+
+class _Stream(httpcore.NetworkStream):
+    def __init__(self, stream: httpcore.NetworkStream):
+        self._stream = stream
+
+    def read(self, max_bytes, timeout=None):
+        return self._stream.read(max_bytes, _left(timeout))
+
+    def write(self, buffer, timeout=None):
+        self._stream.write(buffer, _left(timeout))
+
+    def start_tls(self, ssl_context, server_hostname=None, timeout=None):
+        return _Stream(self._stream.start_tls(ssl_context, server_hostname, _left(timeout)))
 
     def close(self):
         self._stream.close()
+
+    def get_extra_info(self, info):
+        return self._stream.get_extra_info(info)
+
+
+def _left(until: float) -> float:
+    if (left := until - time.monotonic()) <= 0:
+        raise httpcore.ReadTimeout("the reply came too slowly")
+    return left
 
 
 logging.getLogger("httpx").setLevel(logging.WARNING)  # not a line a request
@@ -41,13 +79,14 @@ logging.getLogger("httpx").setLevel(logging.WARNING)  # not a line a request
 
 def client(address: str, key: str, model: endpoint.Model, options: endpoint.Options) -> endpoint.Try:
     """A function that asks the model at `address` once; the key is shown to it and to nobody else."""
-    limits = httpx.Limits(max_connections=options.requests, max_keepalive_connections=options.requests)
-    http = httpx.Client(transport=_Deadline(limits=limits), timeout=options.timeout_s)
-    api = openai.OpenAI(base_url=address, api_key=key or "none", max_retries=0, http_client=http)
+    http = httpx.Client(transport=_Transport(options))
+    api = openai.OpenAI(
+        base_url=address, api_key=key or "none", max_retries=0, timeout=options.timeout_s, http_client=http
+    )
 
     def ask(message: str) -> tuple[str, float, bool] | endpoint.Failure:
         try:
-            return _ask(api, model, message, options.timeout_s)
+            return _ask(api, model, message)
         except Exception as error:  # of the network, of the server, or whatever a strange reply does to the client
             found = _failure(error)
             return found._replace(said=found.said.replace(key, "<key>")) if key else found
@@ -55,13 +94,12 @@ def client(address: str, key: str, model: endpoint.Model, options: endpoint.Opti
     return ask
 
 
-def _ask(api: openai.OpenAI, model: endpoint.Model, message: str, timeout_s: int | float) -> tuple[str, float, bool]:
+def _ask(api: openai.OpenAI, model: endpoint.Model, message: str) -> tuple[str, float, bool]:
     reply = api.chat.completions.create(
         model=model.name,
         messages=[{"role": "user", "content": message}],
         temperature=model.temperature,
         max_tokens=model.max_tokens,
-        timeout=timeout_s,
     )
     try:
         return _read(reply)
@@ -100,6 +138,6 @@ def _retry_after(text: str) -> float | None:
     except ValueError:
         try:
             seconds = email.utils.parsedate_to_datetime(text).timestamp() - time.time()
-        except ValueError:
+        except (ValueError, OverflowError):  # what is no date, or has numbers that no date has
             return None
     return max(seconds, 0.0) if math.isfinite(seconds) else None

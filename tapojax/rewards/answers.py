@@ -44,12 +44,13 @@ class Grade(NamedTuple):
 
 
 def extract(text: str, *, side_by_side: bool = False) -> str | None:
-    """The final answer of a completion, or None when it gives none; `spans.find` says where it is looked for."""
+    """The final answer of a completion, never empty, or None when it gives none; `spans.find` says where it is."""
     if (span := spans.find(text, side_by_side=side_by_side)) is None:
         return None
     answer = re.sub(r"<<[^<>]*>>", "", spans.join(text[slice(*span)])).strip()
     behind_hashes = text[max(0, span[0] - 100) : span[0]].rstrip().endswith("####")
-    return re.sub(r"[$€£,]", "", answer) if behind_hashes else answer
+    money = behind_hashes and re.fullmatch(r"[-+$€£\d.,/]*", answer)
+    return (re.sub(r"[$€£,]", "", answer) if money else answer) or None
 
 
 def grade(

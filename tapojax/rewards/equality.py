@@ -12,27 +12,44 @@ from collections.abc import Callable
 
 BASE = re.compile(r"([-+]?\d[\dA-F]*)_\{?(\d+)\}?")
 RELATIVE_TOLERANCE = 1e-4
+HALF_A_PLACE = 5e-7  # of the 6 that math-verify compares
 ROUNDED = 1e-2  # the same for a chain such as x = 10/3 = 3.33
 # sympy takes these letters for constants, so "I = 5" is no definition to it
 CONSTANT_IS = re.compile(r" ?[Iei](?:_(?:\{[A-Za-z0-9]+\}|[A-Za-z0-9]))? ?=(?!.*[=<>,])")
 IMAGINARY = re.compile(r"(?<![A-Za-z\\])i(?![A-Za-z])")  # to the parser i is any symbol, and I the imaginary unit
+MEMBER = re.compile(r"\\in(?![a-zA-Z])")
 PRIME = re.compile(r"(?<=[A-Za-z)])'|\\prime")
 
 
 def _far_apart(gold, prediction, tolerance: float = RELATIVE_TOLERANCE) -> bool:
     """Whether both are numbers and surely different. Saves a symbolic proof that they differ, and tells tiny numbers
     apart, which math-verify does not: it compares to 6 decimals."""
-    from sympy import Eq, Expr, Symbol
+    from sympy import Expr
 
-    gold, prediction = (
-        side.rhs if isinstance(side, Eq) and isinstance(side.lhs, Symbol) else side for side in (gold, prediction)
-    )
+    gold, prediction = _value(gold), _value(prediction)
     if not all(isinstance(side, Expr) and side.is_number for side in (gold, prediction)):
         return False
     a, b = gold.evalf(), prediction.evalf()
     if not (a.is_finite and b.is_finite):
         return False
     return bool(abs(a - b) > tolerance * (abs(a) if a != 0 else 1))
+
+
+def _rounds_to_integer(gold, prediction) -> bool:
+    """Whether one is an integer other than 0 and the other a decimal that is it to 6 places; to sympy 1 is not 1.0."""
+    from sympy import Float, Integer
+
+    integer, decimal = sorted((_value(gold), _value(prediction)), key=lambda side: isinstance(side, Float))
+    if not (isinstance(integer, Integer) and isinstance(decimal, Float) and integer):
+        return False
+    return bool(abs(decimal - integer) < HALF_A_PLACE)
+
+
+def _value(side):
+    """5 of `x = 5`."""
+    from sympy import Eq, Symbol
+
+    return side.rhs if isinstance(side, Eq) and isinstance(side.lhs, Symbol) else side
 
 
 def checker() -> Callable[[tuple[list[str], str]], bool]:
@@ -54,14 +71,16 @@ def checker() -> Callable[[tuple[list[str], str]], bool]:
         )
 
     def equal(gold: str, prediction: str) -> bool:
+        relations = not MEMBER.search(gold)  # `(2,5)` may be written 2 < x < 5
         if not (parsed := parse(gold)):
             raise ValueError(f"gold answer {gold!r} cannot be parsed")
         predicted = parse(prediction)
         if not predicted or _far_apart(parsed[0], predicted[0]):
             return False
-        return math_verify.verify(parsed, predicted, timeout_seconds=None, raise_on_error=True) and not false(
-            prediction
+        same = _rounds_to_integer(parsed[0], predicted[0]) or math_verify.verify(
+            parsed, predicted, allow_set_relation_comp=relations, timeout_seconds=None, raise_on_error=True
         )
+        return same and not false(prediction)
 
     def false(chain: str) -> bool:
         """Whether it calls different numbers equal, as `4 = 5`, whose last number may well be the answer."""

@@ -2,7 +2,8 @@
 
 Rows are cut into chunks, and each goes to the server with the least to do. A server that fails or is late is left out
 until its health check passes again; what it still owes is asked of another one under the same ids, so that no row is
-lost and none counts twice. A row that no try could score is NaN, with an error text that names the last server.
+lost and none counts twice. A row that no try could score is NaN, with an error text that names the last server; where
+every try ended in UNAVAILABLE (servers died, or their judge is down) it is no row's fault, and a ConnectionError.
 """
 
 import concurrent.futures
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 import grpc
 import numpy as np
 
-from tapojax.rpc import client, fleet
+from tapojax.rpc import client, fleet, threads
 from tapojax.rpc import limits as rpc_limits
 from tapojax.rpc import security as rpc_security
 from tapojax.rpc import tapojax_pb2 as pb
@@ -55,13 +56,16 @@ def remote_score(
 ) -> Score:
     """A function like Task.score, for any thread: (examples, completions) -> (scores by channel, error text by row).
 
-    It connects when it is first called, and raises ConnectionError where no server was well for deadline_s.
+    It connects when it is first called.
 
     Args:
       addresses: host:port of servers that score the same, see `describe`.
       deadline_s: of one try of a chunk.
       retries: tries of a chunk after the first one.
       chunks_per_server: under way at a time.
+
+    Raises (the function):
+      ConnectionError: no server was well for deadline_s, or each that was asked for a chunk was UNAVAILABLE.
     """
     if not 0 < deadline_s < math.inf or retries < 0 or min(chunk_rows, chunks_per_server) < 1:
         raise ValueError(
@@ -78,15 +82,20 @@ def remote_score(
             except (TypeError, ValueError) as error:
                 work.answers[str(row)] = pb.ScoredItem(error=f"the row cannot be sent to a reward server: {error}")
         chunks = [items[start : start + chunk_rows] for start in range(0, len(items), chunk_rows)]
-        threads = concurrent.futures.ThreadPoolExecutor(chunks_per_server * len(addresses), "tapojax-rewards")
         try:
             fleet.take(servers, 0, tried=(), wait_s=deadline_s, over=work.over)  # now the channels are known
-            list(threads.map(lambda chunk: _score_chunk(servers, chunk, work, deadline_s, retries), chunks))
+            jobs = threads.in_threads(
+                lambda chunk: _score_chunk(servers, chunk, work, deadline_s, retries),
+                chunks,
+                chunks_per_server * len(addresses),
+                name="tapojax-rewards",
+            )
+            for job in concurrent.futures.as_completed(jobs):
+                job.result()
         finally:
             work.over.set()  # after an error or Ctrl-C nothing more is asked
             for stream in work.streams:
                 stream.cancel()
-            threads.shutdown(wait=False, cancel_futures=True)
         answers = [work.answers[str(row)] for row in range(len(examples))]
         return _columns(servers.said.channels, answers), [answer.error or None for answer in answers]
 
@@ -133,7 +142,7 @@ def _columns(channels: Sequence[str], answers: Sequence[pb.ScoredItem]) -> dict[
 
 def _score_chunk(servers: fleet.Fleet, items: Sequence[pb.ScoreItem], work: _Work, deadline_s, retries: int):
     """Leaves an answer to each item in work.answers."""
-    waiting, tried, said = {item.id: item for item in items}, list[str](), ""
+    waiting, tried, said, unavailable = {item.id: item for item in items}, list[str](), "", True
     for attempt in range(retries + 1):
         if attempt:
             work.over.wait(fleet.pause(attempt))
@@ -144,11 +153,15 @@ def _score_chunk(servers: fleet.Fleet, items: Sequence[pb.ScoreItem], work: _Wor
             return
         except (client.Failure, fleet.Broken) as error:
             tried, said = [*tried, server.address], str(error)
+            code = error.code if isinstance(error, client.Failure) else None
+            unavailable &= code == grpc.StatusCode.UNAVAILABLE
             # a server that is only busy is not left out, nor one whose stream we have cancelled
-            busy = isinstance(error, client.Failure) and error.code == grpc.StatusCode.RESOURCE_EXHAUSTED
+            busy = code == grpc.StatusCode.RESOURCE_EXHAUSTED
             failure = None if busy or work.over.is_set() else said
         finally:
             fleet.give_back(servers, server, rows, failure=failure)
+    if unavailable:
+        raise ConnectionError(f"no reward server could score in {retries + 1} tries, the last: {said}")
     for name in waiting:
         work.answers[name] = pb.ScoredItem(error=f"not scored in {retries + 1} tries, the last: {said}")
 

@@ -2,25 +2,28 @@
 
 Items of all clients are gathered into batches, scored in threads, and go back in the order they are finished. What is
 wrong with an item costs that item alone: it comes back with an error text and NaN in every channel, never 0. When a
-batch raises, its items are scored one by one, so that the one at fault is found.
+batch raises, its items are scored one by one, so that the one at fault is found. Two things are no item's fault: a
+ConnectionError (a judge that cannot be asked) ends the streams of its batch as UNAVAILABLE with its words, and a batch
+that takes longer than `batch_s` is left behind in its thread, with its items unscored.
 
 Nothing grows without bound: a stream holds at most `max_in_flight` items and the service `max_waiting`; then it reads
 no further, and HTTP/2's flow control holds the client back.
 """
 
 import asyncio
-import contextlib
 import dataclasses
 import json
-import threading
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
 
+import grpc
 from prometheus_client import Counter, Gauge
 
 from tapojax.rpc import tapojax_pb2 as pb
 from tapojax.rpc import tapojax_pb2_grpc as pb_grpc
 from tapojax.rpc import telemetry as rpc_telemetry
+from tapojax.rpc import threads as rpc_threads
+from tapojax.rpc.server import Refused
 
 # (examples, completions) -> (scores by channel, error text or None by row), see types.Task
 Score = Callable[[Sequence[Any], Sequence[str]], tuple[Mapping[str, Any], Sequence[str | None]]]
@@ -44,6 +47,7 @@ class Rewards(pb_grpc.RewardsServicer):
       max_batch: items scored in one call.
       linger_s: how long a batch that is not full waits for more.
       threads: batches scored at a time.
+      batch_s: seconds that one may take.
     """
 
     def __init__(
@@ -56,16 +60,18 @@ class Rewards(pb_grpc.RewardsServicer):
         max_batch: int = 64,
         linger_s: float = 0.003,
         threads: int = 4,
+        batch_s: float = 600.0,
         max_waiting: int = 1024,
         max_in_flight: int = 256,
     ):
-        if min(max_batch, threads, max_waiting, max_in_flight) < 1 or linger_s < 0:
+        if min(max_batch, threads, max_waiting, max_in_flight) < 1 or linger_s < 0 or batch_s <= 0:
             raise ValueError(
                 f"max_batch={max_batch}, threads={threads}, max_waiting={max_waiting}, max_in_flight={max_in_flight} "
-                f"must be at least 1, linger_s={linger_s} at least 0"
+                f"must be at least 1, linger_s={linger_s} at least 0, batch_s={batch_s} above 0"
             )
         self._score, self._task, self._channels = score, task, tuple(channels)
-        self._max_batch, self._linger_s, self._max_in_flight = max_batch, linger_s, max_in_flight
+        self._max_batch, self._linger_s, self._batch_s = max_batch, linger_s, batch_s
+        self._max_in_flight = max_in_flight
         self._waiting: asyncio.Queue[tuple[pb.ScoreItem, _Stream]] = asyncio.Queue(max_waiting)
         registry = telemetry.registry
         self._items = Counter(
@@ -84,7 +90,10 @@ class Rewards(pb_grpc.RewardsServicer):
         reading.add_done_callback(lambda _: stream.results.put_nowait(None))
         try:
             while not (reading.done() and answered == reading.result()):
-                if (result := await stream.results.get()) is not None:
+                result = await stream.results.get()
+                if isinstance(result, ConnectionError):
+                    raise Refused(grpc.StatusCode.UNAVAILABLE, str(result))
+                if result is not None:
                     yield result
                     stream.places.release()
                     answered += 1
@@ -110,14 +119,28 @@ class Rewards(pb_grpc.RewardsServicer):
             while len(batch) < self._max_batch and not self._waiting.empty():
                 batch.append(self._waiting.get_nowait())
             batch = [(item, stream) for item, stream in batch if not stream.gone]
-            results = await _in_thread(score_items, self._score, self._channels, [item for item, _ in batch])
-            for result, (_, stream) in zip(results, batch, strict=True):
+            for result, (_, stream) in zip(await self._results([item for item, _ in batch]), batch, strict=True):
                 stream.results.put_nowait(result)
-                self._items.labels("error" if result.error else "scored").inc()
+                self._items.labels("error" if isinstance(result, ConnectionError) or result.error else "scored").inc()
+
+    async def _results(self, items: Sequence[pb.ScoreItem]) -> Sequence[pb.ScoredItem | ConnectionError]:
+        """One an item, in batch_s."""
+        try:
+            async with asyncio.timeout(self._batch_s):
+                return await _in_thread(score_items, self._score, self._channels, items)
+        except TimeoutError:
+            why = f"not scored within --batch_s={self._batch_s:g} of the reward server: a row of the batch hangs"
+            return [_failed(item, self._channels, why) for item in items]
+        except ConnectionError as error:
+            return [error] * len(items)
 
 
 def score_items(score: Score, channels: Sequence[str], items: Sequence[pb.ScoreItem]) -> list[pb.ScoredItem]:
-    """One result an item, in order, whatever is in the items and whatever `score` does."""
+    """One result an item, in order, whatever is in the items and whatever `score` does.
+
+    Raises:
+      ConnectionError: `score` did: nothing can be scored now.
+    """
     results: dict[int, pb.ScoredItem] = {}
     examples: dict[int, Mapping[str, Any]] = {}
     for place, item in enumerate(items):
@@ -157,6 +180,8 @@ def _score_rows(score: Score, channels: Sequence[str], rows: Sequence[tuple[pb.S
     try:
         scores, errors = score([example for _, example in rows], [item.completion for item, _ in rows])
         return _results(channels, [item for item, _ in rows], scores, errors)
+    except ConnectionError:
+        raise
     except BaseException as error:  # in a thread of its own, SystemExit is just another way to fail
         if len(rows) == 1:
             return [_failed(rows[0][0], channels, f"{type(error).__name__}: {error}")]
@@ -190,18 +215,5 @@ def _clean(text: str) -> str:
 
 async def _in_thread(function: Callable[..., Any], *arguments):
     """Its result. Unlike asyncio.to_thread's, a thread that hangs for ever does not keep the process from ending."""
-    loop = asyncio.get_running_loop()
-    done = loop.create_future()
-
-    def run():
-        result = function(*arguments)
-        with contextlib.suppress(RuntimeError):  # the loop has ended in the meantime
-            loop.call_soon_threadsafe(_set, done, result)
-
-    threading.Thread(target=run, name="tapojax-score", daemon=True).start()
-    return await done
-
-
-def _set(future: asyncio.Future, result):
-    if not future.done():  # a scorer that was cancelled with its loop waits no longer
-        future.set_result(result)
+    (done,) = rpc_threads.in_threads(lambda given: function(*given), [arguments], 1, name="tapojax-score")
+    return await asyncio.wrap_future(done)

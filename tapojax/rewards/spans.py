@@ -21,6 +21,25 @@ AFTER_HASHES = re.compile(r"[ \t.%]*(?:<\|[^\n]*)?")
 ANSWER_IS = re.compile(r"\banswer\b[*_ \t]*(?:is\b[ \t]*:?|([:=：]))", re.IGNORECASE)
 RESULT_IS = re.compile(r"\b(?:result|solution) (?:is\b[ \t]*:?|([:=：]))", re.IGNORECASE)
 SENTENCE_END = re.compile(r"\n|[.!?](?=\s|\*|$)|。|<[|/]")
+# what may stand before an answer, and what says why it is the answer; "5 or 6" and "5, which is wrong" are no reasons,
+# and what comes behind "which is" may be the answer itself
+BEFORE = re.compile(
+    r"(?:[*_\s]|(?:approximately|about|around|roughly|exactly|precisely|simply|just|therefore|thus|equal to|given by"
+    r"|option|choice)\b:?)*",
+    re.IGNORECASE,
+)
+REASON = re.compile(
+    r"(?: ?[,;—–] ?| )\(?(?:since|because|(?<!well )as(?! well))\b"
+    r"|(?:[,;] ?| \()(?:where|by|using|with equality|which(?=[^\d$\\]{0,80}$))\b"
+    r"|(?-i:(?<=\$\$|\\\]) (?=[A-Z]))",  # the sentence that follows a display without a full stop
+    re.IGNORECASE,
+)
+DOUBT = re.compile(
+    r"\b(?:or|but|not|never|cannot|maybe|perhaps|possibly|wrong|incorrect|false|otherwise|unless|if|instead|either|also"
+    r"|as well|while|whereas|since|because)\b|n['’]t\b",
+    re.IGNORECASE,
+)
+DISPLAYS = {"$$": "$$", r"\[": r"\]", r"\(": r"\)"}
 JSON_ANSWER = re.compile(r'"answer"\s*:\s*(?:"((?:[^"\\]|\\.)*)"|([-+]?\d[\d.]*))')
 COUNT = re.compile(r"\$?[-+]?\d[\d.,/]*\$? [A-Za-z]+\.?")  # "28 percent"
 MAX_BARE = 200  # characters of a completion that is nothing but an answer
@@ -33,9 +52,9 @@ def find(text: str, *, side_by_side: bool = False) -> Span | None:
 
     Only what follows the last `</think>` counts; while a `<think>` is open nothing counts. There, in this order:
     the last balanced `\boxed{}` or `\fbox{}` (or `\boxed 5`), unless a "final answer is $...$" follows it, the last
-    `<answer>` tag, the last number alone behind a `####`, the last "answer is ..." or "answer: ..." (failing that,
-    "result" or "solution"), the last JSON "answer", and the whole text when it is a single line of mathematics without
-    prose.
+    `<answer>` tag, the last number alone behind a `####` (on the last line mathematics too), the last "answer is ..."
+    or "answer: ..." (failing that, "result" or "solution") without the reason behind it, the last JSON "answer", and
+    the whole text when it is a single line of mathematics without prose. If the place is empty there is no answer.
 
     side_by_side: boxes with nothing but commas, "and" and white space between them are one answer. The span then goes
     from the first to the last, and `join` makes a list of it; else it is the last box, where the public parsers look.
@@ -51,10 +70,11 @@ def find(text: str, *, side_by_side: bool = False) -> Span | None:
     return None
 
 
-def _trim(text: str, begin: int, end: int) -> Span:
+def _trim(text: str, begin: int, end: int) -> Span | None:
     content = text[begin:end]
-    begin += len(content) - len(content.lstrip())
-    return begin, max(begin, end - (len(content) - len(content.rstrip())))
+    if not content.strip().strip("$ "):
+        return None
+    return begin + len(content) - len(content.lstrip()), end - (len(content) - len(content.rstrip()))
 
 
 def boxed(text: str, start: int) -> Span | None:
@@ -113,7 +133,9 @@ def _tagged(text: str, start: int) -> Span | None:
 def _hashes(text: str, start: int) -> Span | None:
     # alone on its line: a markdown heading "#### 3. Conclusion" is no answer
     alone = (m.span(1) for m in HASHES.finditer(text, start) if AFTER_HASHES.fullmatch(m[2]))
-    return _last(alone)
+    number, last = _last(alone), text.rfind("####", start)
+    formula = _bare(text, last + len("####")) if last >= 0 and (number is None or number[0] < last) else None
+    return formula or number
 
 
 def _phrase(text: str, start: int) -> Span | None:
@@ -121,11 +143,13 @@ def _phrase(text: str, start: int) -> Span | None:
     match = _last(matches) or _last(RESULT_IS.finditer(text, start))
     if match is None:
         return None
-    begin = match.end()
-    while begin < len(text) and (text[begin] in "*_ \t" or (match[1] and text[begin].isspace())):
-        begin += 1
-    stop = SENTENCE_END.search(text, begin)
+    begin = next(BEFORE.finditer(text, match.end())).end()
+    closer = DISPLAYS.get(text[begin : begin + 2])
+    stop = SENTENCE_END.search(text, max(begin, text.find(closer, begin + 2) if closer else begin))
     end = stop.start() if stop else len(text)
+    reason = REASON.search(text, begin + 1, end)
+    if reason and not DOUBT.search(text, reason.end(), end):
+        end = reason.start()
     while end > begin and text[end - 1] in "*_ \t":
         end -= 1
     # "Answer: the largest n is 34"

@@ -5,10 +5,12 @@ Taken for spelling, not for value:
   * LaTeX dress: `$`, `\(`, `\left`, `\dfrac`, `\!`, `\text{}`, `\frac12`, `\sqrt2`, and unicode signs for LaTeX's;
   * units behind a number (`\text{ cm}^2`, `apples`), currency and degree signs. A wrong unit is not seen, as in every
     public grader. Single letters stay (`3m` is a product), and so does all that is not a unit (`am`, `is odd`);
+  * functions and Greek letters without a backslash (`ln(2)`, `2theta`), a leading `=`, repeating decimals;
   * the percent sign: 10% is 10 (that it is 0.1 too is the business of `answers`);
   * thousands separators: `1,234`, `12{,}000`, `11,\! 111`. Any other comma separates a list.
 """
 
+import fractions
 import re
 import unicodedata
 
@@ -26,6 +28,9 @@ WORD = r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|math(?:rm|bf|it|sf|tt)|[mh]box)(?![
 IN_RADIANS = re.compile(r"\(\\frac\{([\d.]+)\\pi\}\{180\}\)")
 DEGREE = r"(?:\^ ?\{ ?\\circ ?\}|\^ ?\\circ(?![a-zA-Z])|\\degree(?![a-zA-Z]))"
 
+FUNCTION = "arc(?:sin|cos|tan)|(?:sin|cos|tan)h?|cot|sec|csc|ln|log|exp"
+GREEK = "alpha|beta|gamma|delta|theta|lambda|mu|rho|sigma|tau|phi|psi|omega"
+
 # in this order; none of them can look twice at an unbounded stretch
 REWRITES = [
     (re.compile(pattern), replacement)
@@ -38,6 +43,13 @@ REWRITES = [
         (r"(?<!\\)\\[,;: ]|\\q?quad(?![a-zA-Z])|~", " "),
         (r"\\(?:left|right) ?\.", ""),
         (r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|textstyle|limits|thinspace)(?![a-zA-Z])", ""),
+        (r"(?<![a-zA-Z\\])pi(?![a-zA-Z])", r"\\pi "),
+        (rf"(?<![a-zA-Z\\])({GREEK})(?![a-zA-Z]| [a-zA-Z]{{2}})", r"\\\1 "),
+        (
+            rf"(?<![a-wyzA-Z\\])(?:(?:np|math)\.)?({FUNCTION})(?= ?[\d(^_{{|\\]| [a-zA-Z](?![a-zA-Z])|x(?![a-zA-Z]))",
+            r"\\\1 ",
+        ),
+        (r"\((\d[\dA-F]*)\) ?_", r"\1_"),
         (
             rf"(\\(?:sin|cos|tan|cot|sec|csc)) ?(?:(\(|\{{) ?)?(\d+(?:\.\d+)?) ?{DEGREE}(?(2) ?[)}}])",
             r"\1(\\frac{\3\\pi}{180})",
@@ -53,7 +65,6 @@ REWRITES = [
         (r"(?<=\d) ?(\\text ?\{)? ?\btrillion\b", r"\\times 10^{12} \1"),
         (r"\*\*", "^"),
         (r"(?<=[\])]) ?U ?(?=[\[(])", r"\\cup "),
-        (r"(?<![a-zA-Z\\])pi(?![a-zA-Z])", r"\\pi "),
         (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
         (r"\\frac ?([0-9a-zA-Z]) ?([0-9a-zA-Z])", r"\\frac{\1}{\2}"),
         (r"\\frac ?([0-9a-zA-Z]) ?\{", r"\\frac{\1}{"),
@@ -85,6 +96,7 @@ NOT_A_UNIT = re.compile(
     r"|quarters?|dozens?|hundreds?|factorial|squared|cubed)\b|\b(?:sin|cos|tan|cot|log|exp|sqrt|arc|theta|alpha|infin)"
 )
 
+REPEATING = re.compile(r"(?<!\d)(\d{0,30})\.(\d{0,30})\\(?:overline|bar|dot) ?(?:\{ ?(\d{1,30}) ?\}|(\d))")
 MIXED = re.compile(r"([-+]?\d+) (\d+) ?/ ?(\d+)")
 THOUSANDS = re.compile(r"(?:^|(?<=(?<!\\)\{))[-+]?\d{1,3}(?:,\d{3})+(?:\.\d+)?(?:$|(?=\}))")
 IN_WORDS = {
@@ -100,13 +112,16 @@ def tidy(answer: str) -> str:
     text = _ascii(answer).strip("*` ")
     for pattern, replacement in REWRITES:
         text = pattern.sub(replacement, text)
+    text = REPEATING.sub(_repeating, text)
     if "matrix" in text:
         text = HALVED_ROW_BREAK.sub(r"\\\\", text)
     elif "\\begin" not in text:
         text = DOUBLED_COMMAND.sub("", text)
     text = re.sub(WORD, r" \1 ", _drop_unit(_strip(text)))
     text = _drop_unit(_strip(re.sub(r"(?<=[{(]) | (?=[})])", "", " ".join(text.split()))))
-    text = re.sub(r"^\{([^{}]*)\}$|^\(([A-Za-z])\)$", r"\1\2", re.sub(r"^\\approx(?![a-zA-Z]) ?", "", text))
+    text = re.sub(
+        r"^\{([^{}]*)\}$|^\(([A-Za-z])\)$", r"\1\2", re.sub(r"^(?:\\approx(?![a-zA-Z])|=(?![<>=])) ?", "", text)
+    )
     text = THOUSANDS.sub(lambda match: match[0].replace(",", ""), text)
     text = SCIENTIFIC.sub(r"\1\\times 10^{\2}", text) if SCIENTIFIC.fullmatch(text) else text
     text = MIXED.sub(r"\1\\frac{\2}{\3}", text) if MIXED.fullmatch(text) else text
@@ -119,6 +134,14 @@ def _ascii(text: str) -> str:
     if not text.isascii():
         text = "".join(str(unicodedata.decimal(c)) if c.isdecimal() else c for c in text)
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
+def _repeating(match: re.Match[str]) -> str:
+    """A repeating decimal as a fraction."""
+    before, period = match[1] + match[2], match[3] or match[4]
+    numerator = int(before + period) - int(before or 0)
+    value = fractions.Fraction(numerator, 10 ** len(match[2]) * (10 ** len(period) - 1))
+    return rf"\frac{{{value.numerator}}}{{{value.denominator}}}"
 
 
 def _strip(text: str) -> str:

@@ -20,7 +20,7 @@ from tapojax import weight_sync
 from tapojax.models.config import DecoderConfig
 from tapojax.rollout import local, sampler, wire
 from tapojax.rollout.delivery import FATAL, STEP_BITS, Delivery, Loaded
-from tapojax.rpc import client, fleet
+from tapojax.rpc import client, fleet, threads
 from tapojax.rpc import tapojax_pb2 as pb
 from tapojax.rpc.limits import Limits
 from tapojax.rpc.security import load_security
@@ -73,6 +73,7 @@ def remote_engine(
         load=remote.load,
         generate=lambda *args, **kwargs: remote.generate(*args, **kwargs)[0],
         generate_scored=remote.generate if options.score_on_server else None,
+        score_channels=remote.channels if options.score_on_server else (),
         update=remote.update if in_flight else None,
         close=remote.close,
     )
@@ -97,9 +98,8 @@ class _Remote:
         self.sequence = itertools.count()
         self.sampling = 0  # calls of generate that are running
         self.turn = threading.Condition()
-        self.askers = concurrent.futures.ThreadPoolExecutor(
-            len(addresses) * options.requests_per_server, "rollout-request"
-        )
+        self.at_a_time = len(addresses) * options.requests_per_server
+        self.places = threading.Semaphore(self.at_a_time)
         fleet.take(self.fleet, 0, tried=(), wait_s=0.0, over=threading.Event())
         self.channels = self.fleet.said.score_channels
         if options.score_on_server and not self.channels:
@@ -209,7 +209,13 @@ class _Remote:
     ) -> dict[int, list[pb.Completion]]:
         """All groups by index of their prompts; the first request that fails for good ends the others."""
         over = threading.Event()
-        jobs = {self.askers.submit(self._ask, request, sampling, finished, over): request for request in requests}
+
+        def ask(request: pb.GenerateRequest):
+            with self.places:  # other calls of generate have requests, too
+                return self._ask(request, sampling, finished, over)
+
+        asked = threads.in_threads(ask, requests, self.at_a_time, name="rollout-request")
+        jobs = dict(zip(asked, requests, strict=True))
         groups: dict[int, list[pb.Completion]] = {}
         try:
             for job in concurrent.futures.as_completed([*jobs]):
@@ -297,7 +303,6 @@ class _Remote:
             raise fleet.Broken(f"{server.address} sent what it was not asked for: {error}") from error
 
     def close(self):
-        self.askers.shutdown(wait=False, cancel_futures=True)
         self.delivery.carriers.shutdown(wait=False, cancel_futures=True)
         for server in self.fleet.servers:
             server.channel.close()

@@ -38,15 +38,17 @@ def files(
         ("a.jsonl:3,b.parquet:1"). Of several, a problem's id begins with its file.
       pass_rate_key: of a number in [0, 1] that rows may have, for the curriculum.
       teacher_path: file with completions of a stronger model, rows {"id", "completion"}; `launch.teach` writes one.
-      template: the user message, `{problem}` filled in.
+      template: the user message, `{problem}` filled in; other braces are written twice, `\\boxed{{}}`.
       chat: wrap the message in the tokenizer's chat template and open the assistant's turn.
       overlong_prompts: "error" stops at a prompt past max_prompt_tokens, "drop" leaves such rows out.
       deadline_s: of the verifier, for one answer.
 
     Raises:
-      ValueError: a missing file or column, a tokenizer without end token, an overlong prompt; each is named.
+      ValueError: a missing file or column, a template without the problem, a tokenizer without end token, an overlong
+        prompt; each is named.
     """
     del seed  # files have one order; the run's seed shuffles it
+    schema.check_template(template, "task.template")
     tokenizer = load_tokenizer(tokenizer_path)
 
     def prompt(example: Example) -> list[int]:

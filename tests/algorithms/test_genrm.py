@@ -6,7 +6,7 @@ import pytest
 from tapojax import advantages, shaping, weights
 from tapojax.algorithms.dapo import dapo
 from tapojax.algorithms.genrm import genrm
-from tapojax.rollout import collect
+from tapojax.rewards import loop
 from tests.algorithms import checks
 from tests.algorithms.test_papo import row_advantages
 from tests.algorithms.test_parents import assert_identical
@@ -58,5 +58,4 @@ def test_an_illegible_verdict_is_punished_and_is_no_failure_of_the_scorer():
     algorithm, scores = genrm(**SHAPE), checks.scores() | {"predicted": np.full(16, NAN, np.float32)}
     assert algorithm.needs == {"correct", "label", "num_steps"}
     np.testing.assert_array_equal(algorithm.rewards(scores, checks.rollout(), 0), -1)
-    part = collect.Collected(checks.rollout(), scores, None, [], [], 16, 0, {})
-    collect._check_errors(part, algorithm.needs, 0.2)
+    loop.check(scores, [None] * 16, algorithm.needs, loop.Limit(share=0.2))

@@ -43,6 +43,13 @@ def test_a_broken_download_goes_on_behind_what_came(files, url, tmp_path):
     assert names(tmp_path) == ["train.parquet"]
 
 
+def test_whoever_has_no_network_is_told_how_to_go_on(url, tmp_path):
+    with pytest.raises(
+        ValueError, match="gone cannot be fetched: .*404.*; without a network, give files .*--source=SPLIT"
+    ):
+        fetching.local(f"{url}/gone", tmp_path)
+
+
 def test_what_came_stays_for_the_next_run_but_not_under_its_name(files, url, tmp_path):
     files.plan = ["break"] * 2
     with pytest.raises(

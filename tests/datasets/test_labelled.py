@@ -60,6 +60,30 @@ def test_prm800k_is_the_path_its_labeller_took():
     ]
 
 
+def prm800k(finish_reason, *steps):
+    return {**PRM800K, "label": {"finish_reason": finish_reason, "steps": [*PRM800K["label"]["steps"][:2], *steps]}}
+
+
+@pytest.mark.parametrize(
+    ("finish_reason", "label"), [("give_up", -2), ("bad_problem", -2), ("solution", -1), ("found_error", -1)]
+)
+def test_who_gives_up_says_nothing_of_errors(finish_reason, label):
+    assert read(prm800k(finish_reason))["label"] == label
+    assert read(prm800k(finish_reason, PRM800K["label"]["steps"][2]))["label"] == 2, "found before"
+
+
+@pytest.mark.parametrize(
+    ("step", "said"),
+    [
+        ({"completions": [], "chosen_completion": None}, "0 completions, none of a human, and None is chosen"),
+        ({"completions": [{"text": "a", "rating": 1}], "chosen_completion": 3}, "1 completions, .* 3 is chosen"),
+    ],
+)
+def test_a_step_that_nobody_wrote_is_named(step, said):
+    with pytest.raises(ValueError, match=f"file, row 3, step 2: it has {said}"):
+        read(prm800k("solution", step))
+
+
 @pytest.mark.parametrize("label", [2, -3, "1", True, 0.0])
 def test_a_label_that_is_no_step_is_named(label):
     with pytest.raises(

@@ -37,6 +37,26 @@ def test_the_first_of_a_problem_is_kept_and_none_whose_answers_differ():
     assert met == preparing.Survey(rows=5, different=3, repeated=2, contradictory={"d": ["3", "4"]})
 
 
+@pytest.mark.parametrize(
+    ("one_way", "other", "same"),
+    [
+        ("1/2", r"\frac{1}{2}", True),
+        ("-1/2", r"-\dfrac12", True),
+        ("5", "5.0", True),
+        ("0.5", r"$\frac{2}{4}$", True),
+        ("(1,2)", "(1, 2)", True),
+        ("1/0", "1/0", True),
+        (r"2\frac{1}{2}", "21/2", False),
+        ("1/2", "1/3", False),
+        (r"\sqrt2", r"\sqrt3", False),
+        ("$", "%", False),
+    ],
+)
+def test_answers_differ_in_value_and_not_in_spelling(one_way, other, same):
+    kept, met = preparing.survey([one("a", "1?", one_way), one("b", "1?", other)], deduplicate=True)
+    assert len(kept) == same and bool(met.contradictory) != same
+
+
 def test_without_being_asked_nothing_is_left_out():
     kept, met = preparing.survey(COPIES, deduplicate=False)
     assert kept == COPIES and met.different == 3
@@ -106,6 +126,16 @@ def test_pass_rates_of_another_file_are_joined_by_id(tmp_path):
     assert [row.get("pass_rate") for row in joined] == [1.0, None, 0.5]
 
 
+def test_pass_rates_of_no_problem_here_are_refused():
+    splits = {"train": COPIES, "test": [one("t", "?", "1")]}
+    assert preparing.count_rated(splits, {"a": 1.0, "x": 0.5}, "f.jsonl") == {"train": 1, "test": 0}
+    said = "f.jsonl rates other problems: it has 1 ids, the first 'x', and none is of these problems, the first 'a'"
+    with pytest.raises(ValueError, match=said):
+        preparing.count_rated(splits, {"x": 0.5}, "f.jsonl")
+    with pytest.raises(ValueError, match="it has 0 ids, the first None"):
+        preparing.count_rated({"train": []}, {}, "f.jsonl")
+
+
 @pytest.mark.parametrize(
     "row", [{"id": "a"}, {"pass_rate": 1}, {"id": "a", "pass_rate": 2}, {"id": "a", "pass_rate": "1"}]
 )
@@ -138,6 +168,10 @@ def test_rows_of_verl_hold_the_template_and_are_read_back_bare():
         "extra_info": {"split": "train", "index": 3, "question": "Find $x$.", "id": "a"},
     }
     assert schema.example(row, "", "") == {**COPIES[0], "source": "math-dapo"}
+    rich = one("a", "Find $x$.", "1", solution="So 1.", pass_rate=0.0)
+    row = preparing.verl_row(rich, 3, "train", template=recipes.BOXED, source="math-dapo", ability="Math")
+    assert (row["solution"], row["pass_rate"]) == ("So 1.", 0.0)
+    assert schema.example(row, "", "") == {**rich, "source": "math-dapo"}
 
 
 def test_ids_of_rows_without_one_are_their_set_and_place(tmp_path):
@@ -219,6 +253,15 @@ def test_places_are_told_by_split():
         sourcing.parse(["a.jsonl", "b.jsonl"])
 
 
+def test_a_split_of_two_parts_is_named_with_its_data_set():
+    parts = [("dapo_processed", "train"), ("aime24", "test"), ("aime25", "test")]
+    sourcing.check_named({"train": "a", "aime24/test": "b", "aime25/test": "c", "": "d"}, parts)
+    with pytest.raises(
+        ValueError, match="--source=test=a: aime24/test and aime25/test are both test, say --source=aime24"
+    ):
+        sourcing.check_named({"test": "a"}, parts)
+
+
 def test_files_are_found_where_the_user_says(tmp_path):
     one, two = save(tmp_path / "test.jsonl", []), save(tmp_path / "data" / "grade_school_math/data/test.jsonl", [])
     find = lambda name, split, **given: sourcing.files(name, split, given, tmp_path / "cache")  # noqa: E731
@@ -232,6 +275,11 @@ def test_files_are_found_where_the_user_says(tmp_path):
         assert path.read_bytes() == b"{}" and path.parent == tmp_path / "cache"
     with pytest.raises(ValueError, match=r"is one file, gsm8k has the splits \['train', 'test'\]: SPLIT="):
         find("gsm8k", "test", **{"": str(one)})
+    save(tmp_path / "train-00000-of-00001.parquet", [])
+    with pytest.raises(
+        ValueError, match="00001.parquet would be both algebra/train-.* and counting_and_probability/tr"
+    ):
+        find("math", "train", **{"": str(tmp_path)})
     with pytest.raises(ValueError, match="prmbench has no address to download from: give --source=test=PATH"):
         find("prmbench", "test")
     with pytest.raises(ValueError, match="test.jsonl is another file than was published: its sha256 is"):
@@ -272,6 +320,7 @@ def described(**changes):
         published={"train": 7, "test": 1},
         surveys=surveys,
         unreadable={"train": [], "test": []},
+        rated={},
         against={"o": COPIES[2:3]},
     )
     return report.describe(splits, **given | changes, measure=len, unit="characters")
@@ -302,6 +351,8 @@ def test_a_report_reads_well():
         "- 2 of train are in test word for word, 0 more in other spelling (a = t; b = t)",
     ):
         assert line in text.splitlines(), line
+    assert "pass rates" not in text
+    assert "- 3 are in the file of pass rates" in report.text(described(rated={"train": 3, "test": 0}), "")
     left_out = {"train": ["a.jsonl, row 7: no value"], "test": []}
     assert "- 1 more are left out as unreadable (a.jsonl, row 7: no value)" in report.text(
         described(unreadable=left_out), ""

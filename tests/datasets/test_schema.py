@@ -128,6 +128,8 @@ def test_answers_become_text_without_damage(value, want):
         (True, "answer to be a text or a number, it is 'True'"),
         ({"a": 1}, "no value for .'answer'."),
         (1.0526315789473685e17, "lost its last digits"),
+        (math.inf, "answer to be a text or a number, it is 'inf'"),
+        (-math.inf, "answer to be a text or a number, it is '-inf'"),
         (math.nan, "no value for .'answer'."),
         ("", "no value for .'answer'."),
         ("  ", "no value for .'answer'."),

@@ -18,6 +18,7 @@ class Act(NamedTuple):
     headers: tuple[tuple[str, str], ...] = ()
     after_s: float = 0.0  # before the first byte
     pause_s: float = 0.0  # between any two bytes of the body
+    header_s: float = 0.0  # before each line of the headers
     cut: int | None = None  # bytes of the body after which the connection breaks; -1: before the status line
     content_type: str = "application/json"
 
@@ -84,6 +85,8 @@ class Server:
                     return self.hang_up()
                 self.send_response(what.status)
                 for name, value in (*what.headers, ("Content-Type", what.content_type)):
+                    self.flush_headers()
+                    outer.end.wait(what.header_s)
                     self.send_header(name, value)
                 self.send_header("Content-Length", str(len(data)))
                 self.end_headers()

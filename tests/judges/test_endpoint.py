@@ -1,5 +1,6 @@
 """Replicas that are slow, broken or busy: who is asked how often, and what is said where nobody answers."""
 
+import collections
 import email.utils
 import sys
 import threading
@@ -103,6 +104,11 @@ FAILURES = {
     "dies half-way": (GOOD._replace(cut=40), TRIES, "peer closed connection"),
     "500": (fail(500, "out of memory"), TRIES, "out of memory"),
     "429": (fail(429, "slow down"), TRIES, "slow down"),
+    "429 till a time that is no date": (
+        fail(429, "slow down", retry_after="Fri, 31 Dec 99999999999999999999 00:00:00 GMT"),
+        TRIES,
+        "slow down",
+    ),
     "page": (PAGE, TRIES, "no chat completion: '<html>hello"),
     "broken json": (GOOD._replace(body="{"), TRIES, "JSONDecodeError"),
     "other json": (GOOD._replace(body="[1]"), TRIES, "no chat completion"),
@@ -126,6 +132,14 @@ def test_a_failure_is_tried_again_where_that_can_help_and_is_never_a_verdict(kin
     assert "sesame" not in errors[0]
 
 
+def test_headers_that_dribble_do_not_prolong_a_try():
+    """All of them would take a minute, and none comes late."""
+    with endpoints.served(GOOD._replace(header_s=0.1, headers=(("X-Wait", "on"),) * 600)) as (server,):
+        started = time.monotonic()
+        _, errors, _ = asked(make(server.address, timeout_s=0.4, retries=0), "a")
+        assert "no reply in time" in errors[0] and time.monotonic() - started < 20
+
+
 @pytest.mark.parametrize("kind", [kind for kind in FAILURES if FAILURES[kind][1] > 1])
 def test_another_replica_answers_for_the_one_that_fails(kind):
     """Exactly one question finds out about it: it is left out for longer than the test takes."""
@@ -145,11 +159,11 @@ def test_a_replica_that_was_left_out_is_let_in_again():
         return fail(500) if ill.is_set() else GOOD
 
     with endpoints.served(respond, GOOD) as (first, second):
-        end = make(first.address, second.address, pause_s=0.2, requests=1)
+        end = make(first.address, second.address, pause_s=30.0, requests=1)
         assert asked(end, "a").values[0] == 1 and len(first.messages) == 1
         assert asked(end, "b").values[0] == 1 and len(first.messages) == 1, "it is left out"
         ill.clear()
-        time.sleep(0.25)
+        end.replicas[0].out_until = -30.0  # time passes
         assert np.all(asked(end, *"cdef").values == 1) and len(first.messages) > 1
 
 
@@ -181,6 +195,62 @@ def test_a_wait_beyond_the_time_out_is_not_waited_for():
         assert np.isnan(values[0]) and "every replica is left out" in errors[0] and "tomorrow" in errors[0]
         assert time.monotonic() - started < 1 and costs["tries"][0] == 1
         assert asked(end, "b").costs["tries"][0] == 0 and len(server.messages) == 1, "nor is it asked again"
+
+
+def test_a_busy_replica_costs_no_try_and_loses_no_row():
+    """Four requests are let through in each tenth of a second, of forty that come together."""
+    lock, let_through, together = threading.Lock(), collections.Counter(), threading.Barrier(40)
+
+    def respond(message, turn):
+        if turn == 1:
+            together.wait(timeout=20)
+        with lock:
+            now = int(time.monotonic() * 10)
+            let_through[now] += 1
+            return GOOD if let_through[now] <= 4 else fail(429, "slow down", retry_after="0.1")
+
+    with endpoints.served(respond) as (server,):
+        end = make(server.address, requests=40, retries=0, timeout_s=60.0, window=8)
+        values, errors, costs = asked(end, *map(str, range(40)))
+    assert np.all(values == 1) and errors == [None] * 40
+    assert np.sum(costs["tries"]) == len(server.messages), "a cost is what was asked"
+
+
+def test_a_replica_that_stays_busy_is_asked_for_as_long_as_a_question_waits():
+    """No sooner than after pause_s, also where it says 0."""
+    with endpoints.served(fail(503, "loading", retry_after="0")) as (server,):
+        end = make(server.address, retries=0, timeout_s=2.0, pause_s=0.2)
+        values, errors, costs = asked(end, "a")
+    assert np.isnan(values[0]) and "loading" in errors[0]
+    assert 2 <= len(server.messages) == costs["tries"][0] <= 11
+
+
+def test_another_replica_answers_for_the_one_that_is_busy():
+    with endpoints.served(fail(429, "tomorrow", retry_after="86400"), GOOD) as (busy, good):
+        values, _, costs = asked(make(busy.address, good.address, retries=0, requests=1), *"abc")
+    assert np.all(values == 1) and len(busy.messages) == 1 and len(good.messages) == 3
+
+
+def test_questions_come_back_to_a_busy_replica_one_by_one():
+    together = threading.Barrier(8)
+
+    def respond(message, turn):
+        if turn > 1:
+            return GOOD
+        together.wait(timeout=20)
+        return fail(429, "slow down", retry_after="1")
+
+    with endpoints.served(respond) as (server,):
+        values, _, _ = asked(make(server.address, retries=0, timeout_s=30.0), *"abcdefgh")
+    assert np.all(values == 1) and np.ptp(server.times[8:]) > 0.03, "all at the same instant"
+
+
+def test_a_replica_has_its_place_free_again_whatever_happens():
+    end = make("http://a/v1")
+    end.replicas[0].ask = lambda message: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        endpoint.request(end, "a")
+    assert end.replicas[0].load == 0
 
 
 def test_nobody_there():
@@ -225,6 +295,15 @@ def test_a_new_process_asks_nothing_twice(tmp_path):
         asked(make(server.address, cache_file=file, temperature=0.5), "a")
         asked(make(server.address, cache_file=file, max_tokens=8), "a")
         assert server.messages.count("a") == 3, "another judge is asked"
+
+
+def test_a_kept_reply_that_cannot_be_read_is_asked_for_again(tmp_path):
+    """It was kept when replies were read in another way."""
+    file = str(tmp_path / "replies.sqlite")
+    with endpoints.served(lambda message, turn: say("I cannot say") if turn == 1 else GOOD) as (server,):
+        questions.ask(make(server.address, cache_file=file), [questions.Question("a", lambda text: 0.0)])
+        assert asked(make(server.address, cache_file=file), "a").values[0] == 1 and len(server.messages) == 2
+        assert asked(make(server.address, cache_file=file), "a").values[0] == 1 and len(server.messages) == 2
 
 
 def test_the_memory_has_its_size():

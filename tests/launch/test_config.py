@@ -120,6 +120,23 @@ def test_a_resumed_run_must_have_the_same_config(tmp_path):
     assert (workdir / "config.json").read_text() == written
 
 
+def test_a_resumed_run_may_find_things_elsewhere_but_not_other_things(tmp_path):
+    def config(**changed):
+        found = base.get_config(judge="rubric", answer_judge="answer")
+        found.update_from_flattened_dict(changed)
+        return found
+
+    (tmp_path / "initial" / "0").mkdir(parents=True)
+    cli.write_config(config(), tmp_path)
+    places = {f"reward.{name}_file": "elsewhere" for name in ("token", "authority", "certificate", "key")}
+    for section in ("judge", "answer_judge"):
+        places |= {f"{section}.endpoint.addresses": ("http://b/v1",), f"{section}.endpoint.cache_file": "elsewhere"}
+    cli.write_config(config(**places), tmp_path)
+    for key in ("judge.prompt_file", "answer_judge.prompt_file"):
+        with pytest.raises(ValueError, match=f"{key}='', this command says 'other'"):
+            cli.write_config(config(**{key: "other"}), tmp_path)
+
+
 def test_a_start_that_failed_binds_nobody(tmp_path):
     """The first command named a broken checkpoint; the second, with a good one, may use the folder."""
     first, second = base.get_config(), base.get_config()

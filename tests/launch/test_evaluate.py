@@ -94,6 +94,10 @@ def test_sets_beside_each_other(run_folder, tmp_path):
     assert "config.evaluation.temperature=1.0, this command says 0.5" in other.stderr, other.stderr
     assert result(folder) == found
 
+    lost = finish(run_folder, tmp_path / "results", "--config.evaluation.batch_prompts=16", "--sets=own")
+    assert lost.returncode == 1 and f"holds also easy: give --sets=...,easy={easy}, whose samples" in lost.stderr
+    assert result(folder) == found
+
 
 def test_a_killed_evaluation_goes_on_to_the_identical_result(run_folder, tmp_path):
     straight = finish(run_folder, tmp_path / "straight", "--policy=initial", *SLOW)
@@ -250,6 +254,21 @@ def test_what_decides_the_samples_is_asked_and_nothing_else():
     for key, value in {"seed": 1, "sampling.dtype": "bfloat16", "sampling.max_tokens": 9}.items():
         assert asked(**{key: value}) != asked(), key
     assert asked()["batch_prompts"] == 3
+    patient = {"rollout.deadline_s": 9.0, "rollout.retries": 9, "rollout.probe_tolerance": 1.0, "rollout.delta": False}
+    assert asked(**patient) == asked(), "how servers are talked to"
+    assert asked(**{"rollout.weights_dtype": "float32"}) != asked() != asked(**{"rollout.prompts_per_request": 1})
+
+
+def test_a_result_of_other_sets_is_not_replaced(tmp_path):
+    held = {"own": {"data": {"path": ""}}, "a": {"data": {"path": "a.jsonl"}}, "b": {"data": {"path": "x/b.jsonl"}}}
+    evaluate.refuse_to_lose(tmp_path, [some_problems("a")])
+    (tmp_path / "result.json").write_text(json.dumps({"sets": held}))
+    evaluate.refuse_to_lose(tmp_path, [some_problems(name) for name in ("b", "new", "a", "own")])
+    said = "result.json holds also own, b: give --sets=...,own,b=x/b.jsonl, whose samples are kept, or another --name"
+    with pytest.raises(ValueError, match=said):
+        evaluate.refuse_to_lose(tmp_path, [some_problems("a"), some_problems("new")])
+    (tmp_path / "result.json").write_text('{"sets": ')
+    evaluate.refuse_to_lose(tmp_path, [some_problems("a")])
 
 
 def test_a_set_of_one_run_does_not_depend_on_its_other_sets(run_folder):

@@ -95,6 +95,46 @@ def test_a_folder_stands_for_the_protocols_sets_in_it(gym, tmp_path):
         chosen([str(tmp_path)], gym, HAPO)
 
 
+def tfds(folder, *splits):
+    folder.mkdir(parents=True)
+    (folder / "features.json").write_text("{}")
+    for split in splits:
+        (folder / f"x-{split}.array_record-00000-of-00001").write_text("")
+    return str(folder)
+
+
+def test_a_protocol_finds_what_prepare_data_writes(gym, tmp_path):
+    """`--output=data/aime24` holds test.jsonl, report.json and report.md."""
+    for name in ("aime24", "aimo_amc83", "gsm8k", "minerva"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "report.json").write_text("{}")
+        write(tmp_path / name / ("train.jsonl" if name == "minerva" else "test.jsonl"), sums(2))
+    (tmp_path / "aime24" / "test.jsonl.part").write_text("")
+    found = chosen([str(tmp_path)], gym, HAPO)
+    paths = [str(tmp_path / name / "test.jsonl") for name in ("aime24", "aimo_amc83")]
+    assert [(p.name, p.path) for p in found] == list(zip(["aime24", "amc"], paths, strict=True))
+    tfds(tmp_path / "math500" / "math500" / "1.0.0", "test")
+    tfds(tmp_path / "olympiadbench" / "1.0.0")
+    named = evaluation_sets._named(str(tmp_path), gym[0], HAPO)
+    assert named[2:] == [
+        ("math500", f"{tmp_path}/math500/math500/1.0.0/test"),
+        ("olympiadbench", f"{tmp_path}/olympiadbench/1.0.0"),
+    ]
+
+
+def test_a_prepared_folder_is_one_set(gym, tmp_path):
+    (tmp_path / "aimo_amc83").mkdir()
+    path = write(tmp_path / "aimo_amc83" / "test.jsonl.gz", sums(2))
+    for protocol, name in ((None, "aimo_amc83"), (HAPO, "amc")):
+        (found,) = chosen([str(tmp_path / "aimo_amc83")], gym, protocol)
+        assert (found.name, found.path) == (name, path) and chosen([path], gym, protocol)[0].name == name
+    (again,) = chosen([f"again={tmp_path / 'aimo_amc83'}"], gym)
+    assert (again.name, again.path) == ("again", path)
+    write(tmp_path / "aimo_amc83" / "test.json", sums(2))
+    with pytest.raises(ValueError, match=r"aimo_amc83 has 2 sets, .*test.json, .*test.jsonl.gz: say --sets=NAME=FILE"):
+        chosen([str(tmp_path / "aimo_amc83")], gym)
+
+
 @pytest.mark.parametrize(
     "path, name",
     [
@@ -102,6 +142,7 @@ def test_a_folder_stands_for_the_protocols_sets_in_it(gym, tmp_path):
         ("/data/gsm8k/1.0.0/test", "gsm8k"),
         ("some/aime25-test.parquet", "aime25"),
         ("aime24", "aime24"),
+        ("data/aime24/test.jsonl", "aime24"),
     ],
 )
 def test_names_of_sets(path, name):

@@ -165,7 +165,7 @@ def test_papos_recipe(tmp_path):
     report, _ = prepared(tmp_path / "out", *flags, "--per_tier=4")
     drawn = reading.read_rows(tmp_path / "out" / "train.jsonl")
     assert len(drawn) == 20 == report["splits"]["train"]["rows"] and all(row["pass_rate"] > 0 for row in drawn)
-    assert sum(row["pass_rate"] == 1 for row in drawn) == 4
+    assert sum(row["pass_rate"] == 1 for row in drawn) == 4 and report["splits"]["train"]["rated"] == 36
     assert "fewer than 4000 problems: (0.875, 1.0]: 4," in refused(tmp_path / "all", *flags)
 
 
@@ -179,7 +179,15 @@ def test_papos_recipe(tmp_path):
         (["--recipe=fapo", "--repeat=2"], "--repeat is for --dataset: the recipe 'fapo' has its own copies"),
         (["--dataset=rtpo_traces"], "rtpo_traces has no address to download from: give --source=train=PATH"),
         (["--dataset=gsm8k", "--source=train=none.jsonl"], "no data file at none.jsonl"),
-        (["--dataset=gsm8k", "--template=hello"], "--template='hello' has no place for the problem"),
+        (["--dataset=gsm8k", "--template=hello"], "--template='hello' needs {problem}; write other braces twice"),
+        (
+            ["--dataset=gsm8k", "--template={problem} \\boxed{}"],
+            "needs {problem}; write other braces twice, \\boxed{{}}",
+        ),
+        (
+            ["--recipe=fapo", "--source=test=a.jsonl"],
+            "--source=test=a.jsonl: aime24/test and aime25/test are both test, say --source=aime24/test=",
+        ),
         (["--dataset=gsm8k", "--template={problem}", "--format=tfds"], "--format=tfds has no place for a template"),
         (["--dataset=processbench", "--template={problem}"], "--template is for problems"),
         (["gsm8k"], "unexpected argument 'gsm8k'"),
@@ -235,6 +243,25 @@ def test_published_files_have_the_rows_that_are_published(monkeypatch, tmp_path)
     flags.FLAGS(["prepare_data", "--dataset=gsm8k", f"--output={tmp_path}"])
     with pytest.raises(ValueError, match="test.jsonl: 2 rows, 1319 are published; remove the file to fetch it again"):
         list(prepare_data.read(prepare_data.recipes.Part("gsm8k", "test"), []))
+
+
+def test_one_file_is_no_two_splits(tmp_path, home):
+    path = home / "aime25.jsonl"
+    said = refused(tmp_path / "out", "--dataset=gsm8k", f"--source=train={path},test={path}")
+    assert f"{path} would be both gsm8k/train, file 0 and gsm8k/test, file 0" in said
+
+
+def test_pass_rates_of_other_problems_are_refused(tmp_path):
+    (tmp_path / "test.jsonl").write_text(lines([{"id": f"n/{i}", **row} for i, row in enumerate(GSM8K)]))
+    (tmp_path / "rates.jsonl").write_text(lines([{"id": "m/0", "pass_rate": 0.5}]))
+    flags = ["--dataset=gsm8k", f"--source=test={tmp_path}/test.jsonl", f"--pass_rates={tmp_path}/rates.jsonl"]
+    said = refused(tmp_path / "out", *flags)
+    assert "rates.jsonl rates other problems: it has 1 ids, the first 'm/0', and none is of these problems" in said
+    (tmp_path / "rates.jsonl").write_text(lines([{"id": "n/1", "pass_rate": 0.5}]))
+    report, told = prepared(tmp_path / "out", *flags, "--template={problem} Think.")
+    assert report["splits"]["test"]["rated"] == 1 and "- 1 are in the file of pass rates" in told
+    rows = reading.read_rows(tmp_path / "out" / "test.jsonl")
+    assert [row.get("pass_rate") for row in rows] == [None, 0.5] and rows[0]["solution"] == GSM8K[0]["answer"]
 
 
 def test_a_config_trains_on_what_was_prepared(tmp_path, home):

@@ -57,6 +57,21 @@ def test_two_results_and_a_run_beside_each_other(two, run, tmp_path):
     assert "- s: run-40 (run) has no numbers by problem; use launch.evaluate" in text
 
 
+def test_a_result_and_a_run_have_values_beside_each_other(two, run, tmp_path):
+    done = command(two[0], run, f"--out={tmp_path / 'table.md'}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    row = done.stdout.splitlines()[2]
+    assert "0.333 [" in row and "0.500 [" in row and row.split("|")[-2].strip() == ""
+    assert "- s: run-40 (run) has no numbers by problem; use launch.evaluate" in done.stdout
+
+
+def test_a_runs_set_is_called_as_its_folder(run):
+    config = json.loads((run / "config.json").read_text())
+    config["task"]["evaluation_path"] = "data/aime24/test.jsonl"
+    (run / "config.json").write_text(json.dumps(config))
+    assert list(report.of_run(run)["sets"]) == ["aime24"]
+
+
 def test_one_result_is_shown(two):
     done = command(two[0])
     assert done.returncode == 0 and done.stdout.startswith("**base**, temperature 0.5"), done.stderr

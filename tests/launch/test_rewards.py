@@ -1,5 +1,7 @@
 """Rewards from servers, as a user runs them: the same run, a clear word when something does not fit, a graceful end."""
 
+import asyncio
+import functools
 import json
 import queue
 import signal
@@ -10,10 +12,15 @@ import urllib.request
 
 import grpc
 import pytest
+from absl import flags
+from absl.testing import flagsaver
 
-from configs import base, fapo_gym, quickstart
-from launch import build, train
+from configs import base, fapo_gym, fapo_math, papo_math, quickstart
+from launch import build, serve_rewards, serve_rollouts, train, train_with_servers
+from tapojax.rewards import remote
 from tapojax.rpc import tapojax_pb2 as pb
+from tapojax.rpc.server import Refused
+from tapojax.types import Engine
 from tests.rewards import servers
 
 COMMAND = ["-m", "launch.serve_rewards", "--config=configs/quickstart.py:quicktest", "--port=0"]
@@ -75,6 +82,102 @@ def test_servers_that_do_not_judge_as_the_config_says_stop_the_run():
         config.reward.addresses = (one.address,)
         with pytest.raises(ValueError, match=r"channels \['answer_judge_asked', 'process_asked'\], the reward"):
             build.setup(config)
+
+
+def test_a_judge_that_thinks_longer_than_it_is_waited_for_stops_the_run():
+    config = quickstart.get_config()
+    config.judge = base.get_config(judge="rubric").judge
+    config.judge.endpoint.timeout_s, config.reward.deadline_s = 90.0, 60.0
+    channels = ("correct", "process_asked")
+    score = functools.partial(ones, channels)
+    with servers.served(score, task="arithmetic", channels=channels) as (one,):
+        config.reward.addresses = (one.address,)
+        with pytest.raises(ValueError, match=r"judge.endpoint.timeout_s=90.0 is longer than reward.deadline_s=60.0"):
+            build.setup(config)
+        config.reward.deadline_s = 90.0
+        build.setup(config)
+
+
+def ones(channels, examples, completions):
+    return dict.fromkeys(channels, [1.0] * len(completions)), [None] * len(completions)
+
+
+@pytest.mark.parametrize("paper", [fapo_math, papo_math])
+def test_the_papers_servers_have_the_time_to_judge(paper):
+    """All tries of a question, and the wait for a replica before them."""
+    config = paper.get_config("quicktest")
+    assert config.reward.deadline_s >= (config.judge.endpoint.retries + 2) * config.judge.endpoint.timeout_s
+
+
+def test_rollout_servers_must_score_as_the_config_says(monkeypatch):
+    """rollout.score_on_server: the channels of algorithm and judges come from there, or the run does not start."""
+    config = fapo_gym.get_config("quicktest")
+    config.judge = base.get_config(judge="genrm").judge
+
+    def scores(*channels):
+        sampler = Engine(load=None, generate=None, generate_scored=ones, score_channels=channels)
+        monkeypatch.setattr(build, "engine", lambda *_: sampler)
+        return build.setup(config)
+
+    with pytest.raises(
+        ValueError, match=r"score_on_server: .* channels \['flawed', 'flawed_asked'\], the rollout servers give \['corr"
+    ):
+        scores("correct")
+    with pytest.raises(ValueError, match=r"channels \['flawed_asked'\].*--reward_addresses with the same --config"):
+        scores("correct", "flawed")
+    assert scores("correct", "flawed", "flawed_asked").engine.score_channels
+
+
+def test_a_rollout_server_scores_within_its_own_deadline_and_says_when_nobody_can(monkeypatch):
+    command = ["--engine=jax", "--model=x", "--tokenizer=gym"]
+    with servers.served(servers.toy, task="arithmetic") as (one,):
+        args = serve_rollouts.parse([*command, f"--reward_addresses={one.address}", "--reward_deadline_s=0.5"])
+        scorer, channels = serve_rollouts.score_through(args, servers.OPEN)
+        assert tuple(channels) == servers.CHANNELS
+    with pytest.raises(Refused, match="none of the reward servers can be used") as error:
+        asyncio.run(scorer([{"answer": 0}], [[5]]))
+    assert error.value.code == grpc.StatusCode.UNAVAILABLE
+    monkeypatch.setattr(remote, "describe", lambda *_, **__: remote.Description("", ()))
+    seen = {}
+    monkeypatch.setattr(remote, "remote_score", lambda addresses, **options: seen.update(options))
+    more = ["--reward_addresses=a:1", "--reward_deadline_s=2400", "--reward_retries=1"]
+    serve_rollouts.score_through(serve_rollouts.parse([*command, *more]), servers.OPEN)
+    assert (seen["deadline_s"], seen["retries"]) == (2400.0, 1)
+
+
+def test_what_needs_only_the_problems_asks_no_judge_and_no_server(tmp_path):
+    """A tokenizer, a warm start, an exported policy: the judge's folder and the servers need not be there."""
+    config = fapo_gym.get_config("fapo_genrm")
+    config.judge.workdir, config.reward.addresses = str(tmp_path / "missing"), ("127.0.0.1:1",)
+    config.rollout.addresses = ("127.0.0.1:1",)
+    assert len(build.problems(config).tokenizer) and build.problems(config).demonstration is not None
+    assert build.setup(build.alone(config)).model.vocab_size
+    assert config.judge.name and config.reward.addresses, "the config is left as it was"
+    assert train_with_servers.write_model(config, tmp_path).is_dir()
+    serve_rollouts.jax_sampler(
+        serve_rollouts.parse(["--engine=jax", "--config=configs/fapo_gym.py:fapo_genrm"])
+    )  # runs/genrm_gym may be missing
+
+
+@pytest.mark.parametrize(
+    ("flag", "deadline_s", "batch_s"), [(None, 60.0, 600.0), (None, 2400.0, 2400.0), (5.0, 2400.0, 5.0)]
+)
+@flagsaver.flagsaver
+def test_a_batch_of_a_reward_server_has_a_limit(flag, deadline_s, batch_s, monkeypatch):
+    """--batch_s; by default 600 s, or the deadline that the trainer gives."""
+    config, seen = quickstart.get_config("quicktest"), {}
+    config.reward.deadline_s = deadline_s
+    flags.FLAGS.mark_as_parsed()
+    flags.FLAGS.batch_s = flag
+
+    async def serve(name, task, secrets, batch_s):
+        seen.update(name=name, batch_s=batch_s)
+
+    monkeypatch.setattr(serve_rewards, "serve", serve)
+    monkeypatch.setattr(serve_rewards.cli, "checked_config", lambda: config)
+    monkeypatch.setattr(serve_rewards.telemetry, "log_json", lambda: None)
+    serve_rewards.main()
+    assert seen == {"name": "arithmetic", "batch_s": batch_s}
 
 
 def test_servers_that_are_not_there_stop_the_run():

@@ -46,7 +46,9 @@ EXTRACTIONS = [
     (r"\boxed{\left\{ x \mid x > 2 \right.}", r"\left\{ x \mid x > 2 \right."),
     (r"an open { brace, then \boxed{3}", "3"),
     (r"a closed } brace, then \boxed{3}", "3"),
-    (r"\boxed{}", ""),
+    (r"\boxed{}", None),
+    (r"5 \boxed{ }", None),
+    (r"\boxed{$$}", None),
     (r"put it in \boxed and stop", None),
     (r"\\boxed{42}", "42"),
     (r"\boxed{255} in half a year. The final answer is $10,455$. I hope it is correct.", "10,455"),
@@ -64,6 +66,7 @@ EXTRACTIONS = [
     ("<answer>1</answer> no <answer> 5 </answer>", "5"),
     (r"<answer>\boxed{4}</answer>", "4"),
     ("</answer> 5 <answer>", None),
+    ("<answer> </answer>", None),
     # GSM8K
     ("He has 3 * 4 = <<3*4=12>>12.\n#### 1,234", "1234"),
     ("#### $18", "18"),
@@ -73,6 +76,14 @@ EXTRACTIONS = [
     ("#### 42<|endoftext|>", "42"),
     ("#### 1\n#### 2", "2"),
     ("#### 3. Conclusion\nIt holds.", None),
+    ("#### $x$\nHere it is 5.", None),
+    ("#### $1,234$", "1234"),
+    (r"#### $\frac{1}{2}$", r"$\frac{1}{2}$"),
+    ("#### (1,2)", "(1,2)"),
+    ("#### A\n", "A"),
+    ("#### A. The first case", None),
+    ("#### A\n#### 5", "5"),
+    ("#### 5\n#### $6$", "6"),
     # sentences
     ("Answer: 41 was wrong.\nAnswer: 42", "42"),
     ("Therefore, the answer is $\\frac{1}{2}$. I hope it is correct.", r"$\frac{1}{2}$"),
@@ -85,6 +96,35 @@ EXTRACTIONS = [
     ("the ANSWER IS 3.14. Next, pi.", "3.14"),
     ("Answer: 48/2 = <<48/2=24>>24", "48/2 = 24"),
     ("The result is $3$", "$3$"),
+    ("Answer:", None),
+    ("The answer is", None),
+    ("The answer is 5. Then\nAnswer: $$", None),
+    # on the next line, or displayed
+    ("The final answer is:\n\n42", "42"),
+    ("The final answer is\n\n$42$\nDone.", "$42$"),
+    ("The answer is:\n$$42$$ It was easy.", "$$42$$"),
+    ("Answer:\n$$\nx = 4.\n$$\nDone.", "$$\nx = 4.\n$$"),
+    ("**Answer:**\n\\[\n42\n\\]", "\\[\n42\n\\]"),
+    ("The answer is \\(\n42\n\\).", "\\(\n42\n\\)"),
+    ("The answer is $$5$$ or $$6$$", "$$5$$ or $$6$$"),
+    ("The answer is $$5$$ Or is it $$6$$?", "$$5$$ Or is it $$6$$"),
+    ("The answer is $$5\nand never closed", "$$5"),
+    # without the words around it
+    ("The answer is approximately 42.", "42"),
+    ("The answer is exactly $42$.", "$42$"),
+    ("The answer is 42, since 6*7=42.", "42"),
+    ("The answer is $42$, as required.", "$42$"),
+    ("The answer is 42 (since x>0).", "42"),
+    ("The answer is **42**, which is even.", "42"),
+    ("The answer is C because 2 is even.", "C"),
+    ("Answer: C, because", "C"),
+    ("The correct answer is option C — because 2 is even.", "C"),
+    ("Answer: The largest n is 34, since 35 is odd.", "34"),
+    ("The answer is 5, which is wrong.", "5, which is wrong"),
+    ("The answer is $6<y<7$, which is $(6,7)$.", "$6<y<7$, which is $(6,7)$"),
+    ("The answer is 5 because of this, or 6", "5 because of this, or 6"),
+    ("The answer is 5 since it fits, 6 since it fits too", "5 since it fits, 6 since it fits too"),
+    ("The answer is x as well as y", "x as well as y"),
     # JSON and bare answers
     ('{"thought": "hm", "answer": "12"}', "12"),
     ('```json\n{"answer": -1.5}\n```', "-1.5"),
@@ -130,6 +170,9 @@ FLOODS = {
     "blank answer": "answer:" + "\n \n" * (MEGABYTE // 3),
     "stars": "answer" + "*" * MEGABYTE,
     "is is is": "answer: " + " is " * (MEGABYTE // 4),
+    "displays": r"the answer is \[5" * (MEGABYTE // 17),
+    "open display": "the answer is $$5" + "\n" * MEGABYTE,
+    "spaces before a reason": "the answer is 5" + " " * MEGABYTE + "since",
     "tags": "<answer>" * (MEGABYTE // 8),
     "thoughts": "<think></think>" * (MEGABYTE // 15),
     "json": '"answer": "' * (MEGABYTE // 11),
@@ -241,6 +284,40 @@ EQUAL = [
     (r"\text{(C)}", r"\text{(C) } 15"),
     # towers of powers
     ("512", "2^{3^2}"),
+    # without backslashes
+    (r"\ln 2", "ln(2)"),
+    (r"\ln 2", "ln 2"),
+    (r"\ln |x|+C", "ln|x| + C"),
+    (r"\sin x", "sin(x)"),
+    (r"2\sin x", "2sinx"),
+    (r"x\ln x-x", "xlnx - x"),
+    (r"-\cos x+C", "-cos(x)+C"),
+    (r"\sin^2 x", "sin^2(x)"),
+    (r"\arctan 2", "arctan(2)"),
+    (r"\sin 30^\circ", "sin(30°)"),
+    (r"e^{-x}", "exp(-x)"),
+    ("np.arcsin(10/13)", r"\arcsin(10/13)"),
+    (r"\log_2 3", "log_2(3)"),
+    (r"2\theta", "2theta"),
+    (r"r=2\sin\theta", "r = 2 sin(theta)"),
+    ("5", "=5"),
+    ("101_2", "(101)_2"),
+    ("(101)_2", "101_{2}"),
+    # decimals
+    (r"\frac13", r"0.\overline{3}"),
+    (r"0.\overline{3}", "1/3"),
+    (r"0.\overline{3}", r"0.\bar 3"),
+    (r"0.1\overline{6}", "1/6"),
+    ("-1/22", r"-.0\overline{45}"),
+    (r"33.\overline{3}\%", r"\frac{1}{3}"),
+    ("1", "0.9999999"),
+    ("2.0000001", "2"),
+    ("1/3", "0.3333333"),
+    # sets and inequalities
+    (r"[3,\infty)", r"x \ge 3"),
+    (r"x \ge 3", r"[3,\infty)"),
+    ("(2,5)", "2<x<5"),
+    ("2<x<5", "(2,5)"),
 ]
 DIFFERENT = [
     ("42", "43"),
@@ -291,6 +368,21 @@ DIFFERENT = [
     ("5", "9^{9^{9^{9}}}"),
     ("10^{10^{10^{10}}}", "10^{10}"),
     ("0.5", "9^9^9"),
+    (r"\ln 2", "ln 3"),
+    (r"\sin x", "sin(y)"),
+    (r"\theta", "2theta"),
+    ("5", "5 sin(x)"),
+    ("101_2", "(101)_3"),
+    (r"0.\overline{3}", "0.3"),
+    ("0.3", r"0.\overline{3}"),
+    ("1", "0.99999"),
+    ("0", "0.0000001"),
+    ("0.0000001", "0"),
+    (r"[3,\infty)", "x > 3"),
+    ("(2,5)", r"2<x \le 5"),
+    ("(2,5)", "2<x"),
+    (r"x \in [-2,7]", r"-2 \le x \le 7"),
+    ("5", "4<x<6"),
     # not mathematics, not an error
     ("5", ""),
     ("5", " "),
@@ -318,6 +410,32 @@ def test_equal_answers_are_right(gold, prediction, workers):
 @pytest.mark.parametrize("gold, prediction", DIFFERENT)
 def test_different_answers_are_wrong(gold, prediction, workers):
     assert answers.grade([box(prediction)], [gold], workers=workers) == [(False, None)]
+
+
+WORDED = [
+    # gold, completion
+    ("42", "The final answer is:\n\n42"),
+    ("42", "The answer is:\n$$42$$"),
+    ("42", "The final answer is:\n\\[42\\]"),
+    ("42", "The final answer is\n\n$42$"),
+    ("42", "Answer:\n$$\n42\n$$"),
+    ("42", "Answer:\n\\[\n42\n\\]"),
+    ("1/2", "The answer is: \\[\n\\frac{1}{2}.\n\\]\nWe are done."),
+    ("42", "The answer is 42, since 6*7=42."),
+    ("42", "The answer is $42$, as required."),
+    ("42", "The answer is 42 (since x>0)."),
+    ("C", "The answer is C because 2 is even."),
+    ("C", "Answer: C, because"),
+    ("42", "The answer is approximately 42."),
+    ("42", "#### $42$"),
+    ("1/2", r"#### $\frac{1}{2}$"),
+    ("A", "#### A"),
+]
+
+
+@pytest.mark.parametrize("gold, completion", WORDED)
+def test_an_answer_is_found_however_its_sentence_is_laid_out(gold, completion, workers):
+    assert answers.grade([completion], [gold], workers=workers) == [(True, None)]
 
 
 @pytest.mark.parametrize(

@@ -290,6 +290,25 @@ def test_after_the_last_try_a_row_is_nan_and_the_text_names_the_server():
     assert asked.count("right") == 1 and asked.count("wrong 1") == 3
 
 
+def judge_down(examples, completions):
+    raise ConnectionError("judge (genrm) gave no verdict on 40 of the last 64 questions")
+
+
+def test_a_judge_that_is_down_everywhere_ends_the_run_with_its_words():
+    """Nobody can score: that is no row's fault, and no NaN."""
+    examples, completions = servers.rows(40)
+    with served(judge_down, judge_down) as (one, two):
+        for score in (score_on(one.address, two.address, chunk_rows=5), score_on(one.address, retries=0)):
+            with pytest.raises(ConnectionError, match=r"UNAVAILABLE: judge \(genrm\) gave no verdict on 40"):
+                score(examples, completions)
+
+
+def test_a_judge_that_is_down_at_one_server_costs_no_row():
+    examples, completions = servers.rows(40)
+    with served(judge_down, toy) as (one, two):
+        assert_exact(score_on(one.address, two.address, chunk_rows=5)(examples, completions), examples, completions)
+
+
 def test_a_wrong_token_is_said():
     with served(toy, secrets=security.Security(token="right")) as (one,):
         with pytest.raises(ConnectionError, match="UNAUTHENTICATED"):
@@ -363,6 +382,29 @@ def test_ctrl_c_ends_at_once():
         assert begun.wait(60)
         child.send_signal(signal.SIGINT)
         assert "KeyboardInterrupt" in child.communicate(timeout=60)[1], "it waited for its deadline"
+        free.set()
+
+
+def test_a_process_ends_while_its_chunks_are_under_way():
+    """A run that stopped leaves calls of the loop's threads behind; it does not wait for their deadline."""
+    begun, free = threading.Event(), threading.Event()
+
+    def stuck(examples, completions):
+        begun.set()
+        free.wait(100)
+        return toy(examples, completions)
+
+    with served(stuck) as (one,):
+        program = (
+            "import sys, threading\nfrom tapojax.rewards import remote\nfrom tapojax.rpc import security\n"
+            f"score = remote.remote_score(['{one.address}'], security=security.Security(), deadline_s=1000.0)\n"
+            "rows = [{'answer': 0}] * 100, ['right'] * 100\n"
+            "threading.Thread(target=score, args=rows, daemon=True).start()\nsys.stdin.read()"
+        )
+        child = subprocess.Popen([sys.executable, "-c", program], cwd=servers.ROOT, stdin=subprocess.PIPE)
+        assert begun.wait(60)
+        child.stdin.close()
+        assert child.wait(60) == 0, "it waited for its deadline"
         free.set()
 
 

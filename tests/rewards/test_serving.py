@@ -79,6 +79,16 @@ def test_a_batch_that_raises_is_scored_one_by_one():
     assert [results[i].scores["correct"] for i in (0, 2, 4)] == [1, 1, 0]
 
 
+def test_a_judge_that_cannot_be_asked_is_no_items_fault():
+    def score(examples, completions):
+        if len(completions) > 1:
+            raise ValueError("one by one, please")
+        raise ConnectionError("judge (genrm) gave no verdict")
+
+    with pytest.raises(ConnectionError, match="genrm"):
+        scored([item("a"), item("b")], score)
+
+
 @pytest.mark.parametrize(
     "score",
     [
@@ -222,6 +232,43 @@ def test_a_stream_ends_at_its_deadline_and_the_others_go_on():
         free.set()
 
 
+def test_a_dead_judge_ends_the_streams_of_its_batch_and_no_scorer():
+    """UNAVAILABLE with the judge's words; when the judge is back, so is the server."""
+    dead = threading.Event()
+    dead.set()
+
+    def score(examples, completions):
+        if dead.is_set():
+            raise ConnectionError("judge (genrm) gave no verdict on 40 of the last 64 questions")
+        return toy(examples, completions)
+
+    with served(score, threads=1) as (one,), stub(one.address) as calls:
+        for _ in range(3):
+            with pytest.raises(grpc.RpcError, match=r"judge \(genrm\) gave no verdict") as error:
+                list(calls.Score(iter([item("a"), item("b")]), timeout=20))
+            assert error.value.code() == grpc.StatusCode.UNAVAILABLE
+        dead.clear()
+        assert [r.error for r in calls.Score(iter([item("c")]), timeout=20)] == [""]
+        assert one.telemetry.registry.get_sample_value("tapojax_scored_items_total", {"outcome": "error"}) >= 3
+
+
+def test_a_batch_that_hangs_costs_its_rows_and_no_scorer():
+    """One thread: after batch_s the rows are NaN with a reason, and a fresh thread scores what comes next."""
+    free = threading.Event()
+
+    def score(examples, completions):
+        if "hang" in completions:
+            free.wait(60)
+        return toy(examples, completions)
+
+    with served(score, threads=1, max_batch=1, batch_s=0.2) as (one,), stub(one.address) as calls:
+        items = [item("a", completion="hang"), item("b"), item("c", completion="hang"), item("d")]
+        results = {r.id: r for r in calls.Score(iter(items), timeout=30)}
+        free.set()
+    assert is_failure(results["a"], "not scored within --batch_s=0.2") and is_failure(results["c"], "hangs")
+    assert results["b"].scores["correct"] == results["d"].scores["correct"] == 1
+
+
 def test_nothing_that_is_sent_breaks_the_server():
     rng = random.Random(0)
     with served(toy) as (one,), stub(one.address) as calls:
@@ -258,7 +305,9 @@ def test_an_empty_stream_ends():
         assert list(calls.Score(iter([]), timeout=20)) == []
 
 
-@pytest.mark.parametrize("options", [{"max_batch": 0}, {"threads": 0}, {"linger_s": -1.0}, {"max_in_flight": 0}])
+@pytest.mark.parametrize(
+    "options", [{"max_batch": 0}, {"threads": 0}, {"linger_s": -1.0}, {"max_in_flight": 0}, {"batch_s": 0.0}]
+)
 def test_nonsense_settings_are_refused(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         serving.Rewards(toy, task="toy", channels=CHANNELS, telemetry=telemetry.telemetry(), **options)

@@ -2,7 +2,10 @@
 
 import asyncio
 import contextlib
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +27,7 @@ SAMPLING = Sampling(8, stop_token_ids=(1,))
 PROMPTS = Prompts([{"id": str(i)} for i in range(6)], [[5 + i, 9, 3][: 1 + i % 3] for i in range(6)])
 GROUP_SIZE = 3
 KEY = jax.random.key(7)
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -319,6 +323,25 @@ def test_all_servers_down_is_an_error_that_names_them(params):
             generate(engine, weights)
 
 
+def test_a_process_ends_while_its_requests_are_under_way():
+    """Staleness: a run that stopped leaves the thread that samples ahead behind, and does not wait for its requests."""
+    made, samplers = fakes(1, seconds=1000.0)
+    with serving_all(*samplers) as (one,):
+        program = (
+            "import sys, threading, jax\nfrom types import SimpleNamespace\n"
+            "from tests.rollout import test_remote as t\n"
+            f"server = SimpleNamespace(address='{one.address}')\n"
+            "with t.engine_of([server], probe_tolerance=float('inf'), deadline_s=1000.0) as engine:\n"
+            "    weights = engine.load(t.decoder.init(t.MODEL, jax.random.key(0)), 0)\n"
+            "    threading.Thread(target=t.generate, args=(engine, weights), daemon=True).start()\n"
+            "    sys.stdin.read()"
+        )
+        child = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdin=subprocess.PIPE)
+        wait_until(lambda: one.servicer.works, 120.0)
+        child.stdin.close()
+        assert child.wait(60) == 0, "it waited for its deadline"
+
+
 def test_a_server_with_other_logprobs_stops_the_run(params):
     _, samplers = fakes(1)
     with serving_all(*samplers) as servers, engine_of(servers) as engine:
@@ -440,7 +463,10 @@ def test_scores_of_the_servers_come_with_the_rows(params):
         return {"correct": correct}, [None if x else "even" for x in correct]
 
     with serving_all(*samplers, scorer=scorer, score_channels=["correct"]) as servers:
+        with engine_of(servers, probe_tolerance=float("inf")) as engine:
+            assert engine.score_channels == () and engine.generate_scored is None
         with engine_of(servers, score_on_server=True, probe_tolerance=float("inf")) as engine:
+            assert engine.score_channels == ("correct",)
             rollout, scores, errors = engine.generate_scored(
                 engine.load(params, 0), PROMPTS, KEY, group_size=GROUP_SIZE, sampling=SAMPLING
             )

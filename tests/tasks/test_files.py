@@ -129,6 +129,16 @@ def test_without_chat_the_prompt_is_the_template(tokenizer_path, rows_path):
     assert task.tokenizer.decode(task.prompt(task.train[2])) == "Q: Half of a half?\nA:"
 
 
+@pytest.mark.parametrize(
+    "template", ["Think.", "{problem} \\boxed{}", "{question}", "{problem.x}", "{problem} {", "{{problem}}"]
+)
+def test_a_template_without_the_problem_is_refused(template):
+    with pytest.raises(
+        ValueError, match=r"task.template=.* needs \{problem\}; write other braces twice, \\boxed\{\{\}\}"
+    ):
+        make("", template=template)
+
+
 def test_an_overlong_prompt_stops_the_run_or_is_dropped(tokenizer_path, rows_path, task):
     lengths = [len(task.prompt(example)) for example in task.train]
     budget = sorted(lengths)[1]
