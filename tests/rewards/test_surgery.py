@@ -139,9 +139,9 @@ def test_a_beginning_token_that_the_tokenizer_adds_gets_into_no_completion(tmp_p
         ("\\boxed{42}", "4}{"),
         ("\\boxed{42}", " 7 "),
         ("\\boxed{42}", "7<|im_end|>"),
-        ("#### 42", "seven"),
+        ("#### 42", "seven apples and a pear"),
     ],
-    ids=["no answer", "the same", "cut short", "unbalanced", "spaces", "special token", "no number behind hashes"],
+    ids=["no answer", "the same", "cut short", "unbalanced", "spaces", "special token", "no answer behind hashes"],
 )
 def test_what_would_not_read_back_is_not_made(tokenizer, text, answer):
     assert exchanged(tokenizer, text, answer)[1] is None
