@@ -5,6 +5,7 @@ import contextlib
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import jax
@@ -184,6 +185,7 @@ def test_a_jax_server_stops_sampling_when_nobody_waits(params, monkeypatch):
             news.append(row)
             if len(news) == len(PROMPTS.tokens) * GROUP_SIZE:  # of the first request
                 wait_until(lambda: any(work.task.cancelling() for work in servers[0].servicer.works.values()))
+                time.sleep(0.5)  # until the server's loop has passed it on to the sampler
             told(row, ended)
 
         try:
