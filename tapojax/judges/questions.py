@@ -2,17 +2,17 @@
 
 import concurrent.futures
 import json
-import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from tapojax.judges import cache
 from tapojax.judges import endpoint as endpoints
 from tapojax.judges.judged import Verdicts
+from tapojax.rpc import threads
 
 MAX_SHOWN = 200  # characters of a reply in an error
 
@@ -54,8 +54,10 @@ def ask(endpoint: endpoints.Endpoint, questions: Sequence[Question]) -> list[end
       ConnectionError: as above; questions under way then end by themselves.
     """
     over = threading.Event()
-    workers = min(len(questions), len(endpoint.replicas) * endpoint.options.requests)
-    futures = in_threads(lambda question: _answer(endpoint, question, over), questions, workers)
+    workers = len(endpoint.replicas) * endpoint.options.requests
+    futures = threads.in_threads(
+        lambda question: _answer(endpoint, question, over), questions, workers, name="tapojax-judge"
+    )
     try:
         concurrent.futures.wait(futures, return_when=concurrent.futures.FIRST_EXCEPTION)
         for future in futures:
@@ -64,29 +66,6 @@ def ask(endpoint: endpoints.Endpoint, questions: Sequence[Question]) -> list[end
         return [future.result() for future in futures]
     finally:
         over.set()
-
-
-def in_threads(function: Callable[[Any], Any], items: Sequence[Any], workers: int) -> list[concurrent.futures.Future]:
-    """Futures of function(item); the threads do not keep the process from ending."""
-    futures: list[concurrent.futures.Future] = [concurrent.futures.Future() for _ in items]
-    todo: queue.SimpleQueue = queue.SimpleQueue()
-    for pair in zip(futures, items, strict=True):
-        todo.put(pair)
-
-    def work():
-        while True:
-            try:
-                future, item = todo.get_nowait()
-            except queue.Empty:
-                return
-            try:
-                future.set_result(function(item))
-            except BaseException as error:
-                future.set_exception(error)
-
-    for _ in range(workers):
-        threading.Thread(target=work, name="tapojax-judge", daemon=True).start()
-    return futures
 
 
 def _answer(endpoint: endpoints.Endpoint, question: Question, over: threading.Event) -> endpoints.Reply:
